@@ -1,0 +1,1 @@
+"""Models as pure mathematics, each with its shardings in a file of its own."""

@@ -1,0 +1,231 @@
+"""The one file that touches `jax._src`, and the one place for switches between JAX versions."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+from jax._src import ad_checkpoint, api_util, core, source_info_util, state
+from jax._src import pjit as _pjit
+from jax._src.core import Literal as Literal
+from jax._src.interpreters import ad, batching, mlir
+from jax._src.interpreters import partial_eval as pe
+from jax._src.lax import lax as _lax
+from jax._src.lax import parallel as _parallel
+from jax._src.lax import slicing as _slicing
+from jax._src.random import prng as _prng
+from jax.extend import linear_util as lu
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.extend.core import primitives as primitives
+
+# Primitives that `jax.extend.core.primitives` does not name.
+split_p = _lax.split_p
+stack_p = _lax.stack_p
+unstack_p = _lax.unstack_p
+tile_p = _lax.tile_p
+mulhi_p = _lax.mulhi_p
+optimization_barrier_p = _lax.optimization_barrier_p
+scatter_sub_p = _slicing.scatter_sub_p
+random_wrap_p = _prng.random_wrap_p
+random_unwrap_p = _prng.random_unwrap_p
+random_clone_p = jax._src.random.random_clone_p
+sharding_constraint_p = _pjit.sharding_constraint_p
+# Collectives by the names that shard_map gives them.
+all_gather_invariant_p = _parallel.all_gather_invariant_p
+psum_invariant_p = _parallel.psum_invariant_p
+reduce_scatter_p = _parallel.reduce_scatter_p
+
+
+register_lowering = mlir.register_lowering
+lower_fun = mlir.lower_fun
+
+
+def trace(fun: Callable, *avals: Any) -> Any:
+    """Closed jaxpr of a function of flat arguments, without dead equations; inputs are kept."""
+    closed = jax.make_jaxpr(fun)(*avals)
+    return dead_code_free(closed)
+
+
+def dead_code_free(closed: Any) -> Any:
+    jaxpr, _ = pe.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
+    return core.ClosedJaxpr(jaxpr, closed.consts)
+
+
+def as_fun(closed: Any) -> Callable:
+    """A traceable function of flat arguments from a closed jaxpr."""
+    return jaxpr_as_fun(closed)
+
+
+def body_jaxpr(fun: Callable, args: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+    """(open jaxpr, constants to pass before `args`) of `fun`, traced inside the current trace."""
+    closed = jax.make_jaxpr(fun)(*args)
+    return pe.convert_constvars_jaxpr(closed.jaxpr), closed.consts
+
+
+def closed(jaxpr: Any) -> Any:
+    """A closed jaxpr from an open or a closed one."""
+    return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
+
+
+def scan_counts(params: Any) -> tuple[int, int]:
+    """(number of constants, number of carries) of a scan's parameters."""
+    return params["num_consts"], params["num_carry"]
+
+
+def key_impl(dtype: Any) -> Any:
+    """The random implementation behind an extended key dtype, or None."""
+    return getattr(dtype, "_impl", None)
+
+
+def effects_of(jaxpr: Any) -> Any:
+    return jaxpr.effects
+
+
+def source_of(eqn: Any) -> str:
+    """`file.py:line (function)` of the user's code behind an equation, or '' where unknown."""
+    frame = source_info_util.user_frame(eqn.source_info.traceback)
+    if frame is None:
+        return ""
+    name = frame.file_name.rsplit("/", 2)
+    return f"{'/'.join(name[-2:])}:{frame.start_line} ({frame.function_name})"
+
+
+def at_source(eqn: Any) -> AbstractContextManager:
+    """Equations traced inside carry the source line, name stack and context of `eqn`."""
+    info = eqn.source_info
+    stack = source_info_util.current_name_stack() + info.name_stack
+    return source_info_util.user_context(info.traceback, name_stack=stack)
+
+
+def equation_context(eqn: Any) -> AbstractContextManager:
+    """The configuration that `eqn` was traced under (compute type, threefry, XLA metadata).
+
+    The abstract mesh of the context is left out: shapes are local now, under another mesh.
+    """
+    return jax.threefry_partitionable(eqn.ctx.threefry_partitionable)
+
+
+def is_tracer(x: Any) -> bool:
+    return isinstance(x, core.Tracer)
+
+
+def is_ref(aval: Any) -> bool:
+    return isinstance(aval, state.AbstractRef)
+
+
+def aval_of(x: Any) -> Any:
+    return core.typeof(x)
+
+
+def weak_typed(shape: Sequence[int], dtype: Any, weak_type: bool) -> Any:
+    return core.ShapedArray(tuple(shape), dtype, weak_type=weak_type)
+
+
+def checkpoint_params(params: Any) -> dict[str, Any]:
+    """Parameters of remat that must survive a rebuild, or XLA undoes the rematerialisation."""
+    return {k: params[k] for k in ("differentiated", "prevent_cse", "policy")}
+
+
+remat_p = ad_checkpoint.remat_p
+
+
+class _Call(core.CallPrimitive):
+    """A call that every transformation (grad, vmap, remat, scan) maps onto its global jaxpr."""
+
+
+def call_primitive(name: str, lowering: Callable) -> Any:
+    """A call primitive whose differentiation and batching act on the global program.
+
+    Args:
+      name: the primitive's name.
+      lowering: (call_jaxpr, params) -> traceable function of the flat operands.
+    """
+    call_p = _Call(name)
+    call_p.def_impl(lambda fun, *args, **params: _call_eagerly(call_p, fun, args, params))
+    ad.primitive_transposes[call_p] = lambda *args, **kw: ad.call_transpose(call_p, *args, **kw)
+    pe.partial_eval_jaxpr_custom_rules[call_p] = lambda *args: pe.call_partial_eval_custom_rule(
+        "call_jaxpr", lambda *a: a[-2:], *args
+    )
+    pe.dce_rules[call_p] = pe.dce_jaxpr_call_rule
+
+    def lower(ctx: Any, *operands: Any, call_jaxpr: Any, **params: Any) -> Any:
+        closed = core.ClosedJaxpr(call_jaxpr, ())
+        fun = lowering(closed, params)
+        return mlir.lower_fun(fun, multiple_results=True)(ctx, *operands)
+
+    mlir.register_lowering(call_p, lower)
+    return call_p
+
+
+def bind_call(call_p: Any, closed: Any, args: Sequence[Any], **params: Any) -> Sequence[Any]:
+    fun = lu.wrap_init(jaxpr_as_fun(closed), debug_info=closed.jaxpr.debug_info)
+    return call_p.bind(*args, subfuns=(fun,), **params)
+
+
+def _call_eagerly(call_p: Any, fun: Any, args: Sequence[Any], params: Any) -> Sequence[Any]:
+    # Outside of jit (an eager backward pass, say) the call is compiled like any other program.
+    def run(*xs: Any) -> Any:
+        return call_p.bind(*xs, subfuns=(fun,), **params)
+
+    return jax.jit(run)(*args)
+
+
+def identity_primitive(name: str, lowering: Callable) -> Any:
+    """A one-operand identity that is linear and batched; `batched(params, dim, name)` adjusts it.
+
+    Args:
+      lowering: traceable function (x, **params) -> x.
+    """
+    prim = Primitive(name)
+    prim.def_impl(lambda x, **params: x)
+    prim.def_abstract_eval(lambda x, **params: x)
+    ad.deflinear2(prim, lambda ct, x, **params: [prim.bind(ct, **params)])
+    mlir.register_lowering(prim, mlir.lower_fun(lowering, multiple_results=False))
+    return prim
+
+
+def register_batcher(prim: Any, insert: Callable[[dict, int, Any], dict]) -> None:
+    """`insert(params, dim, spmd_axis_name)` gives the parameters after a new dim at `dim`."""
+
+    def batch(axis_data: Any, args: Any, dims: Any, **params: Any) -> Any:
+        (x,), (d,) = args, dims
+        if d is None or d is batching.not_mapped:
+            return prim.bind(x, **params), d
+        return prim.bind(x, **insert(params, d, axis_data.spmd_name)), d
+
+    batching.fancy_primitive_batchers[prim] = batch
+
+
+def subjaxprs(eqn: Any) -> Sequence[Any]:
+    """The open jaxprs in an equation's parameters."""
+    return [getattr(j, "jaxpr", j) for j in core.jaxprs_in_params(eqn.params)]
+
+
+def outside_of_tracing() -> bool:
+    """No transformation (jit, grad, vmap ...) is in progress."""
+    return core.trace_state_clean()
+
+
+def infer_argnums(fun: Callable, argnums: Any, argnames: Any) -> tuple[tuple, tuple]:
+    """argnums and argnames completed from each other by the function's signature."""
+    signature = api_util.fun_signature(fun)
+    return api_util.infer_argnums_and_argnames(signature, argnums, argnames)
+
+
+def committed_sharding(x: Any) -> Any:
+    """The sharding of an array that was placed on purpose, or of a ShapeDtypeStruct; else None."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.sharding
+    if isinstance(x, core.Tracer) or not isinstance(x, jax.Array):
+        return None
+    return x.sharding if x.committed else None
+
+
+def abstractify(x: Any) -> Any:
+    """Shape, dtype and weak type of an argument; never its value or its sharding."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return core.ShapedArray(x.shape, x.dtype, weak_type=x.weak_type)
+    aval = core.typeof(x)
+    if isinstance(aval, core.ShapedArray):
+        return core.ShapedArray(aval.shape, aval.dtype, weak_type=aval.weak_type)
+    return aval

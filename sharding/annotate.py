@@ -1,0 +1,325 @@
+"""Annotations: `shard(x, ...)`, axis rules, and every other way JAX users say where data lies.
+
+A spec is kept as written (names, UNCONSTRAINED, priorities) until `resolve` meets the axis rules
+and the mesh; so one annotated model serves every mesh.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sharding import _jax
+from sharding.errors import Problem, SpecError
+from sharding.mesh import MeshShape
+from sharding.rule import OpInfo, Rule, pointwise_rule, register
+from sharding.spec import DimSharding, Sharding, unknown_axis
+
+P = PartitionSpec
+AxisRules = tuple[tuple[str, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True)
+class DimSpec:
+    """What the user wrote for one dim: names (mesh axes or logical), or open for propagation."""
+
+    names: tuple[str, ...] = ()
+    open: bool = False
+    priority: int = 0
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A whole annotation, as written: one `DimSpec` per dim given; further dims are unsharded."""
+
+    dims: tuple[DimSpec, ...]
+
+    def __str__(self) -> str:
+        return "P(" + ", ".join(map(_dim_text, self.dims)) + ")"
+
+
+@dataclass(frozen=True)
+class Priority:
+    """An entry of a spec with a priority: `shard(x, Priority("data", 1))`; 0 propagates first."""
+
+    entry: Any
+    priority: int
+
+
+def shard(x: Any, *spec: Any) -> Any:
+    """Annotates an intermediate value: `shard(x, "data", None, "model")` or `shard(x, P(...))`.
+
+    The identity function on values; it works inside grad, vmap, jvp, remat, scan and cond, and
+    outside of `spmd.jit` does nothing (inside `constrain_with` it is a sharding constraint).
+
+    Args:
+      x: array, or pytree of arrays of one rank.
+      *spec: one entry per dim: a mesh axis or logical name, a tuple of them, None for unsharded,
+        `P.UNCONSTRAINED` for open to propagation, `Priority(entry, n)`. Or one `PartitionSpec`.
+
+    Raises:
+      SpecError: the spec is longer than the rank, or an entry is none of the above.
+    """
+    parsed = parse_spec(spec[0] if len(spec) == 1 and _is_whole_spec(spec[0]) else spec)
+    context = _CONSTRAIN.get()
+
+    def annotate(leaf: Any) -> Any:
+        check_rank(parsed, jax.numpy.ndim(leaf), "shard(x, ...)", jax.numpy.shape(leaf))
+        if context is not None:
+            return _constrain(leaf, parsed, *context)
+        return shard_p.bind(leaf, spec=parsed)
+
+    return jax.tree.map(annotate, x)
+
+
+@contextmanager
+def constrain_with(mesh: Any, axis_rules: Any = ()) -> Iterator[None]:
+    """Inside, `shard` is `jax.lax.with_sharding_constraint`: the same program for `jax.jit`."""
+    token = _CONSTRAIN.set((mesh, normalise_rules(axis_rules)))
+    try:
+        yield
+    finally:
+        _CONSTRAIN.reset(token)
+
+
+def parse_spec(spec: Any) -> Spec:
+    """A `Spec` from a PartitionSpec or a sequence of entries.
+
+    Raises:
+      SpecError: naming every entry that is not a name, a tuple of names, None or UNCONSTRAINED.
+    """
+    problems: list[Problem] = []
+    dims = tuple(_parse_entry(entry, i, problems) for i, entry in enumerate(spec))
+    if problems:
+        raise SpecError(*problems)
+    return Spec(dims)
+
+
+def normalise_rules(axis_rules: Any) -> AxisRules:
+    """Axis rules as ((logical name, mesh axes), ...); a dict is taken in its order.
+
+    Raises:
+      SpecError: an entry is not a (name, axes) pair.
+    """
+    pairs = axis_rules.items() if hasattr(axis_rules, "items") else axis_rules or ()
+    result, problems = [], []
+    for i, pair in enumerate(pairs):
+        if not (isinstance(pair, Sequence) and len(pair) == 2 and isinstance(pair[0], str)):
+            problems.append(
+                Problem(
+                    f"axis_rules[{i}] is {pair!r}",
+                    "a rule maps one logical name to mesh axes",
+                    "write ('name', 'axis'), ('name', ('axis', 'axis')) or ('name', None)",
+                )
+            )
+            continue
+        result.append((pair[0], _axes(pair[1])))
+    if problems:
+        raise SpecError(*problems)
+    return tuple(result)
+
+
+def resolve(
+    spec: Spec, rank: int, mesh: MeshShape, rules: AxisRules, what: str
+) -> tuple[Sharding, list[Problem]]:
+    """The `Sharding` that a spec means on a mesh, with every problem it has.
+
+    A logical name takes the first rule of its name whose axes no other dim of the value uses yet
+    (the semantics of flax's logical axis rules); a name that only has rules which clash is left
+    unsharded. Mesh axes are taken as they are.
+    """
+    problems: list[Problem] = []
+    logical = {name for name, _ in rules}
+    taken: set[str] = {
+        n for d in spec.dims for n in d.names if n in mesh.names and n not in logical
+    }
+    axes: list[tuple[str, ...]] = [()] * len(spec.dims)
+    seen: set[str] = set()
+    for i, dim in enumerate(spec.dims):
+        found: list[str] = []
+        for name in dim.names:
+            if name in logical:
+                found += _by_rule(name, rules, taken, mesh, problems, what)
+            elif name in mesh.names:
+                if name in seen:
+                    problems.append(_twice(name, spec, what))
+                seen.add(name)
+                found.append(name)
+            else:
+                problems.append(unknown_axis(name, mesh, what))
+        axes[i] = tuple(dict.fromkeys(found))
+    if problems:
+        return Sharding.open(rank), problems
+    dims = [
+        DimSharding(a, d.open, d.priority) for a, d in zip(axes, spec.dims, strict=True)
+    ]
+    dims += [DimSharding()] * (rank - len(dims))
+    return Sharding(tuple(dims)), []
+
+
+def spec_of(annotation: Any, rank: int) -> Spec | None:
+    """The spec inside anything that users pass as a sharding; None where it leaves all open.
+
+    Takes PartitionSpec, NamedSharding, Spec, a plain tuple of entries.
+
+    Raises:
+      SpecError: it is none of these.
+    """
+    if annotation is None:
+        return None
+    if isinstance(annotation, Spec):
+        return annotation
+    if isinstance(annotation, NamedSharding):
+        return parse_spec(annotation.spec)
+    if isinstance(annotation, (PartitionSpec, tuple, list)):
+        return parse_spec(annotation)
+    if getattr(annotation, "is_fully_replicated", False):
+        return Spec((DimSpec(),) * rank)
+    raise SpecError(
+        Problem(
+            f"sharding {annotation!r} is a {type(annotation).__name__}",
+            "a sharding says which mesh axes each dim lies on",
+            "pass PartitionSpec, NamedSharding or None",
+        )
+    )
+
+
+def metadata_spec(leaf: Any) -> Spec | None:
+    """The spec in a flax partitioning box (`with_partitioning`, `with_logical_partitioning`)."""
+    names = getattr(leaf, "names", None)
+    if names is None or not hasattr(leaf, "get_partition_spec"):
+        return None
+    return parse_spec(tuple(names))
+
+
+def check_rank(spec: Spec, rank: int, what: str, shape: tuple[int, ...]) -> None:
+    """Raises SpecError when the spec has more entries than the value has dims."""
+    problem = rank_problem(spec, rank, what, shape)
+    if problem is not None:
+        raise SpecError(problem)
+
+
+def rank_problem(spec: Spec, rank: int, what: str, shape: tuple[int, ...]) -> Problem | None:
+    if len(spec.dims) <= rank:
+        return None
+    return Problem(
+        f"{what} has spec {spec} for an array of shape {tuple(shape)}",
+        f"the spec has {len(spec.dims)} entries, the array {rank} dims",
+        f"give at most {rank} entries",
+    )
+
+
+_CONSTRAIN: ContextVar[tuple[Any, AxisRules] | None] = ContextVar("constrain", default=None)
+
+shard_p = _jax.identity_primitive("shard", lambda x, **params: x)
+
+
+def _insert_dim(params: dict, dim: int, spmd_axis_name: Any) -> dict:
+    """vmap adds a dim: open, or on the axes that `spmd_axis_name` gives."""
+    dims = list(params["spec"].dims)
+    dims += [DimSpec()] * max(0, dim - len(dims))
+    new = DimSpec(_axes(spmd_axis_name)) if spmd_axis_name is not None else DimSpec(open=True)
+    dims.insert(dim, new)
+    return {"spec": Spec(tuple(dims))}
+
+
+_jax.register_batcher(shard_p, _insert_dim)
+
+
+@register(shard_p)
+def _shard_rule(op: OpInfo) -> Rule:
+    shape = op.in_avals[0].shape
+    return pointwise_rule([shape], [shape], annotation=op.params["spec"])
+
+
+@register(_jax.sharding_constraint_p)
+def _constraint_rule(op: OpInfo) -> Rule:
+    """`jax.lax.with_sharding_constraint`; dims it leaves unconstrained stay open."""
+    shape = op.in_avals[0].shape
+    sharding, unconstrained = op.params["sharding"], op.params["unconstrained_dims"]
+    spec = spec_of(sharding, len(shape)) or Spec(())
+    dims = list(spec.dims) + [DimSpec()] * (len(shape) - len(spec.dims))
+    dims = [DimSpec(open=True) if i in unconstrained else d for i, d in enumerate(dims)]
+    return pointwise_rule([shape], [shape], annotation=Spec(tuple(dims)))
+
+
+def _constrain(x: Any, spec: Spec, mesh: Any, rules: AxisRules) -> Any:
+    shape = MeshShape.of(mesh)
+    sharding, problems = resolve(spec, jax.numpy.ndim(x), shape, rules, "shard(x, ...)")
+    if problems:
+        raise SpecError(*problems)
+    entries = [P.UNCONSTRAINED if d.open and not d.axes else d.axes or None for d in sharding.dims]
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*entries)))
+
+
+def _by_rule(
+    name: str, rules: AxisRules, taken: set[str], mesh: MeshShape, problems: list[Problem],
+    what: str,
+) -> Iterable[str]:  # fmt: skip
+    for rule_name, axes in rules:
+        if rule_name != name:
+            continue
+        unknown = [a for a in axes if a not in mesh.names]
+        if unknown:
+            problems.extend(unknown_axis(a, mesh, f"{what}, by the rule for {name!r},")
+                            for a in unknown)
+            return ()
+        if not taken.intersection(axes):
+            taken.update(axes)
+            return axes
+    return ()
+
+
+def _is_whole_spec(entry: Any) -> bool:
+    return isinstance(entry, (PartitionSpec, Spec))
+
+
+def _parse_entry(entry: Any, position: int, problems: list[Problem]) -> DimSpec:
+    if isinstance(entry, DimSpec):
+        return entry
+    if isinstance(entry, Priority):
+        inner = _parse_entry(entry.entry, position, problems)
+        return DimSpec(inner.names, inner.open, entry.priority)
+    if entry is PartitionSpec.UNCONSTRAINED:
+        return DimSpec(open=True)
+    if entry is None:
+        return DimSpec()
+    names = (entry,) if isinstance(entry, str) else entry
+    if isinstance(names, (tuple, list)) and all(isinstance(n, str) and n for n in names):
+        return DimSpec(tuple(names))
+    problems.append(
+        Problem(
+            f"entry {position} of the spec is {entry!r}",
+            "a dim is sharded over named axes",
+            "write an axis name, a tuple of names, None, P.UNCONSTRAINED or Priority(...)",
+        )
+    )
+    return DimSpec()
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _twice(name: str, spec: Spec, what: str) -> Problem:
+    return Problem(
+        f"{what} has spec {spec}, which uses axis {name!r} twice",
+        "the devices along one axis can hold the parts of one dim only",
+        f"keep {name!r} in one dim and remove it from the others",
+    )
+
+
+def _dim_text(dim: DimSpec) -> str:
+    if not dim.names:
+        text = "UNCONSTRAINED" if dim.open else "None"
+    elif len(dim.names) == 1:
+        text = repr(dim.names[0])
+    else:
+        text = repr(dim.names)
+    return f"Priority({text}, {dim.priority})" if dim.priority else text

@@ -1,0 +1,327 @@
+"""Propagation: from the annotated values to a sharding for every value, to a fixed point.
+
+Shardings are only ever refined. Rounds of user priority contain levels of op priority: what costs
+nothing propagates before what costs a reduction. Every decision is kept (`provenance.Event`).
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+from sharding.annotate import AxisRules, rank_problem, resolve
+from sharding.errors import Problem, SpecError
+from sharding.mesh import MeshShape, axes_size
+from sharding.program import Program, Value, render
+from sharding.project import clashes, expressible, extension, to_dims, to_factors
+from sharding.provenance import Event, Rejection
+from sharding.resolve import Proposal, rank, reason
+from sharding.rule import Kind, Rule, edge_rule
+from sharding.spec import DimSharding, Sharding, check_axes
+
+LEVELS = (
+    "pointwise, reshape, transpose and data-flow edges",
+    "passing factors of every operation",
+    "reduced factors",
+    "broadcasts forward",
+)
+_PASS, _REDUCE, _BROADCAST = 1, 2, 3
+
+
+class Link(NamedTuple):
+    """A rule over some values: an equation, or an edge across a region's boundary."""
+
+    values: tuple[Value, ...]
+    rule: Rule
+    op: int
+
+
+@dataclass(frozen=True)
+class Propagated:
+    """A program with a sharding for every value.
+
+    Attributes:
+      program: the program.
+      mesh: names and sizes of the mesh axes.
+      shardings: by value id.
+      links: equations and edges, as `events` number them.
+      events: every refinement, in order.
+      rejections: every proposal that lost, with the reason.
+    """
+
+    program: Program
+    mesh: MeshShape
+    shardings: tuple[Sharding, ...]
+    links: tuple[Link, ...]
+    events: tuple[Event, ...]
+    rejections: tuple[Rejection, ...]
+
+    def of(self, value: Value) -> Sharding:
+        return self.shardings[value.id]
+
+    def __str__(self) -> str:
+        lines = render(self.program, lambda v: f" {self.shardings[v.id]}" if v.rank else "")
+        return f"mesh {self.mesh}\n" + "\n".join(lines)
+
+
+def propagate(
+    program: Program,
+    mesh: MeshShape,
+    annotations: Sequence[tuple[Value, Sharding]] = (),
+) -> Propagated:
+    """Infers the sharding of every value.
+
+    Args:
+      program: from `sharding.program.build`.
+      mesh: abstract; no device is needed.
+      annotations: the user's shardings of values: arguments, results, and those inside.
+
+    Raises:
+      SpecError: an annotation names an axis that the mesh does not have.
+    """
+    problems = [p for v, s in annotations for p in check_axes(s, mesh, str(v))]
+    if problems:
+        raise SpecError(*problems)
+    return _Propagation(program, mesh, annotations).run()
+
+
+def annotations_in(
+    program: Program, mesh: MeshShape, rules: AxisRules
+) -> list[tuple[Value, Sharding]]:
+    """What `shard` and `with_sharding_constraint` inside the program say.
+
+    Raises:
+      SpecError: all annotations that do not fit, each with its source line.
+    """
+    found: list[tuple[Value, Sharding]] = []
+    problems: list[Problem] = []
+    for op in program.ops():
+        spec = op.rule.annotation if op.control is None else None
+        if spec is None:
+            continue
+        value = op.outputs[0]
+        what = f"the annotation at {op.source or 'an unknown line'}"
+        too_long = rank_problem(spec, value.rank, what, value.shape)
+        if too_long is not None:
+            problems.append(too_long)
+            continue
+        sharding, bad = resolve(spec, value.rank, mesh, rules, what)
+        problems += bad
+        found.append((value, sharding))
+    if problems:
+        raise SpecError(*problems)
+    return found
+
+
+def make_links(program: Program) -> list[Link]:
+    """Every equation, and every tie across a region's boundary, as a rule over values."""
+    links: list[Link] = []
+    for op in program.ops():
+        if op.control is None:
+            links.append(Link(op.inputs + op.outputs, op.rule, op.index))
+            continue
+
+        def edge(inner: Value, outer: Value, stacked: bool, index: int = op.index) -> None:
+            if outer.rank:
+                links.append(Link((inner, outer), edge_rule(inner.shape, stacked), index))
+
+        for port in op.in_ports:
+            edge(op.regions[port.region].inputs[port.inner], op.inputs[port.outer], port.stacked)
+        for port in op.out_ports:
+            edge(op.regions[port.region].outputs[port.inner], op.outputs[port.outer], port.stacked)
+        for region, out, into in op.control.carries(op):
+            body = op.regions[region]
+            edge(body.inputs[into], body.outputs[out], False)
+    return links
+
+
+class _Propagation:
+    """The working state: axes and openness per value and dim."""
+
+    def __init__(
+        self, program: Program, mesh: MeshShape, annotations: Sequence[tuple[Value, Sharding]]
+    ):
+        self.program, self.mesh, self.annotations = program, mesh, annotations
+        count = len(program.values)
+        self.dims: list[tuple[tuple[str, ...], ...]] = [((),) * v.rank for v in program.values]
+        self.open: list[list[bool]] = [[True] * v.rank for v in program.values]
+        self.reserved: list[tuple[str, ...]] = [()] * count
+        self.events: list[Event] = []
+        self.rejections: dict[Rejection, None] = {}
+        self.links = make_links(program)
+        self.touching: list[list[int]] = [[] for _ in range(count)]
+        for i, link in enumerate(self.links):
+            for value in link.values:
+                if value.rank:
+                    self.touching[value.id].append(i)
+        self.queue: list[int] = []
+        self.queued = bytearray(len(self.links))
+        self.level = 0
+
+    def run(self) -> Propagated:
+        self.reserve()
+        for priority in sorted({d.priority for _, s in self.annotations for d in s.dims} | {0}):
+            for value, sharding in self.annotations:
+                self.annotate(value, sharding, priority)
+            for self.level in range(len(LEVELS)):
+                self.enqueue_all()
+                while self.queue:
+                    index = heapq.heappop(self.queue)
+                    self.queued[index] = 0
+                    self.visit(index)
+        shardings = tuple(self.final(v) for v in self.program.values)
+        return Propagated(
+            self.program, self.mesh, shardings, tuple(self.links), tuple(self.events),
+            tuple(self.rejections),
+        )  # fmt: skip
+
+    def reserve(self) -> None:
+        """Closed dims and axes that an annotation will want are out of reach from the start."""
+        for value, sharding in self.annotations:
+            wanted = tuple(a for d in sharding.dims for a in d.axes) + sharding.pinned
+            self.reserved[value.id] += wanted
+            for d, dim in enumerate(sharding.dims):
+                if not dim.open or dim.priority:
+                    self.open[value.id][d] = False
+
+    def annotate(self, value: Value, sharding: Sharding, priority: int) -> None:
+        """Applies the dims of one annotation that have their turn now."""
+        for d, dim in enumerate(sharding.dims):
+            if dim.priority != priority:
+                continue
+            self.open[value.id][d] = dim.open
+            current = self.dims[value.id][d]
+            more = extension(current, dim.axes, self.mesh) if value.shape[d] != 1 else ()
+            if more:
+                self.extend(value, d, current + more)
+                self.events.append(Event(value.id, d, more, -1, -1, str(value), 0))
+
+    def enqueue_all(self) -> None:
+        for i, link in enumerate(self.links):
+            if not self.queued[i] and self.active(link.rule):
+                if any(any(self.dims[v.id]) for v in link.values):
+                    self.queued[i] = 1
+                    self.queue.append(i)
+        heapq.heapify(self.queue)
+
+    def active(self, rule: Rule) -> bool:
+        """Whether the rule has anything to say at this level."""
+        return rule.early or self.level >= _PASS
+
+    def visit(self, index: int) -> None:
+        link = self.links[index]
+        rule = link.rule
+        if not self.active(rule):
+            return
+        factors = [
+            to_factors(rule, t, self.dims[v.id], self.mesh) if any(self.dims[v.id]) else {}
+            for t, v in enumerate(link.values)
+        ]
+        best = self.proposals(index, factors)
+        for proposal in best:
+            for t, d in rule.where[proposal.factor]:
+                if t != proposal.tensor:
+                    self.push(index, proposal, t, d, factors)
+
+    def proposals(self, index: int, factors: list[dict[str, tuple[str, ...]]]) -> list[Proposal]:
+        """The winning proposal of every factor, strongest first."""
+        link = self.links[index]
+        rule = link.rule
+        operands = len(rule.operands)
+        best: dict[str, Proposal] = {}
+        for t, found in enumerate(factors):
+            for name, axes in found.items():
+                kind = rule.factors[name].kind
+                if kind is Kind.FIXED or (kind is Kind.REDUCE and self.level < _REDUCE):
+                    continue
+                elements = prod(link.values[t].shape)
+                new = Proposal(name, kind, axes, t, t >= operands, elements)
+                old = best.get(name)
+                if old is None:
+                    best[name] = new
+                elif old.axes != new.axes:
+                    best[name] = self.stronger(index, old, new)
+        if len(best) < 2:
+            return list(best.values())
+        return sorted(best.values(), key=rank)
+
+    def stronger(self, index: int, old: Proposal, new: Proposal) -> Proposal:
+        """The longer of two that agree; by policy where they do not."""
+        if extension(old.axes, new.axes, self.mesh) is not None:
+            return new
+        if extension(new.axes, old.axes, self.mesh) is not None:
+            return old
+        winner, loser = sorted((old, new), key=rank)
+        rule = self.links[index].rule
+        d = next(d for t, d in rule.where[loser.factor] if t == winner.tensor)
+        target = self.links[index].values[winner.tensor]
+        self.reject(index, loser, target, d, reason(winner, loser))
+        return winner
+
+    def push(
+        self, index: int, proposal: Proposal, t: int, d: int,
+        factors: list[dict[str, tuple[str, ...]]],
+    ) -> None:  # fmt: skip
+        """Extends dim `d` of tensor `t` towards the proposal, as far as it is legal."""
+        link = self.links[index]
+        rule, value = link.rule, link.values[t]
+        is_result = t >= len(rule.operands)
+        if rule.expands and is_result and not proposal.is_result and self.level < _BROADCAST:
+            return
+        current = factors[t].get(proposal.factor, ())
+        more = extension(current, proposal.axes, self.mesh)
+        if not more:
+            if more is None:
+                self.reject(index, proposal, value, d, f"it is sharded over {'+'.join(current)}")
+            return
+        if not self.open[value.id][d]:
+            self.reject(index, proposal, value, d, "the dim is closed by an annotation")
+            return
+        taken, why = self.takeable(link, proposal, t, current, more, factors[t])
+        if len(taken) < len(more):
+            self.reject(index, proposal, value, d, why)
+        if not taken:
+            return
+        factors[t][proposal.factor] = current + taken
+        self.extend(value, d, to_dims(rule, t, factors[t], self.mesh)[d])
+        source = link.values[proposal.tensor].id
+        self.events.append(
+            Event(value.id, d, taken, index, source, proposal.factor, self.level)
+        )
+
+    def takeable(
+        self, link: Link, proposal: Proposal, t: int, current: tuple[str, ...],
+        more: tuple[str, ...], factors: dict[str, tuple[str, ...]],
+    ) -> tuple[tuple[str, ...], str]:  # fmt: skip
+        """The prefix of `more` that the tensor can take, and why not the rest."""
+        value = link.values[t]
+        used = tuple(a for axes in self.dims[value.id] for a in axes) + self.reserved[value.id]
+        size = link.rule.factors[proposal.factor].size
+        taken: tuple[str, ...] = ()
+        for axis in more:
+            if clashes(axis, used + taken):
+                return taken, f"{axis} is used by another dim, or kept for one"
+            trial = current + taken + (axis,)
+            if axes_size(self.mesh, trial) > size:
+                return taken, f"{axes_size(self.mesh, trial)} shards of {size} elements"
+            if not expressible(link.rule, t, {**factors, proposal.factor: trial}, self.mesh):
+                return taken, "the shards would not be contiguous"
+            taken += (axis,)
+        return taken, ""
+
+    def extend(self, value: Value, d: int, axes: tuple[str, ...]) -> None:
+        dims = self.dims[value.id]
+        self.dims[value.id] = (*dims[:d], axes, *dims[d + 1 :])
+        for i in self.touching[value.id]:
+            if not self.queued[i]:
+                self.queued[i] = 1
+                heapq.heappush(self.queue, i)
+
+    def reject(self, index: int, p: Proposal, value: Value, d: int, why: str) -> None:
+        source = self.links[index].values[p.tensor].id
+        self.rejections[Rejection(value.id, d, p.axes, index, source, why)] = None
+
+    def final(self, value: Value) -> Sharding:
+        dims = zip(self.dims[value.id], self.open[value.id], strict=True)
+        return Sharding(tuple(DimSharding(axes, is_open) for axes, is_open in dims))

@@ -1,0 +1,11 @@
+"""The rules of all primitives, one file per family; importing the package registers them."""
+
+from sharding.rules import contract as contract
+from sharding.rules import control as control
+from sharding.rules import cumulative as cumulative
+from sharding.rules import indexing as indexing
+from sharding.rules import pointwise as pointwise
+from sharding.rules import random as random
+from sharding.rules import reduce as reduce
+from sharding.rules import shape as shape
+from sharding.rules import sort as sort

@@ -1,0 +1,77 @@
+"""The program's boundary: what JAX can express there, and what was done where it cannot.
+
+JAX wants even shards of whole mesh axes for arguments and results. A dim keeps the largest prefix
+of its axes that divides it evenly; inside the program it is padded and sharded in full.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from sharding.mesh import MeshShape, axes_size
+from sharding.program import Value, value_bytes
+from sharding.spec import Layout, Sharding
+from spmd.partition.plan import Diagnostic
+
+
+def boundary_layout(
+    value: Value, sharding: Sharding, mesh: MeshShape
+) -> tuple[Layout, list[Diagnostic]]:
+    """The layout of an argument or result at the boundary, and a diagnostic per shortened dim."""
+    dims = []
+    diagnostics = []
+    for d, dim in enumerate(sharding.dims):
+        axes = even_prefix(dim.axes, value.shape[d], mesh)
+        dims.append(axes)
+        if axes != dim.axes:
+            diagnostics.append(_shortened(value, d, dim.axes, axes, mesh))
+    return Layout(tuple(dims)), diagnostics
+
+
+def even_prefix(axes: tuple[str, ...], n: int, mesh: MeshShape) -> tuple[str, ...]:
+    """The longest prefix of whole axes whose product divides n."""
+    kept: tuple[str, ...] = ()
+    for axis in axes:
+        if ":" in axis or n % axes_size(mesh, (*kept, axis)):
+            break
+        kept += (axis,)
+    return kept
+
+
+def partition_spec(layout: Layout) -> PartitionSpec:
+    """The PartitionSpec of a layout without partial axes; trailing empty dims are dropped."""
+    entries = [axes[0] if len(axes) == 1 else axes or None for axes in layout.dims]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
+
+
+def named(mesh: Any, layouts: Sequence[Layout]) -> list[NamedSharding]:
+    return [NamedSharding(mesh, partition_spec(layout)) for layout in layouts]
+
+
+def refined_jax_mesh(mesh: Any, refined: MeshShape) -> Any:
+    """The user's mesh with axes split into sub-axes: the same devices in the same order."""
+    if tuple(mesh.axis_names) == refined.names:
+        return mesh
+    sizes = tuple(size for _, size in refined.axes)
+    if isinstance(mesh, AbstractMesh):
+        return AbstractMesh(sizes, refined.names)
+    return Mesh(mesh.devices.reshape(sizes), refined.names)
+
+
+def _shortened(
+    value: Value, d: int, wanted: tuple[str, ...], kept: tuple[str, ...], mesh: MeshShape
+) -> Diagnostic:
+    n, shards = value.shape[d], axes_size(mesh, wanted)
+    held = value_bytes(value) // axes_size(mesh, kept)
+    local = -(-n // shards)
+    return Diagnostic(
+        "boundary",
+        value.name or str(value),
+        f"dim {d} of size {n} does not divide into {shards} shards over {'+'.join(wanted)}: "
+        f"held {'over ' + '+'.join(kept) if kept else 'whole'} at the boundary "
+        f"({held:,} B per device), {local} of {local * shards} padded elements per device inside",
+        float(held),
+    )

@@ -1,0 +1,308 @@
+"""`spmd.jit`: the drop-in for `jax.jit`, its caches and its fast path.
+
+A call outside of any transformation goes straight into a `jax.jit`-ed function made for the last
+signature, so that the C++ dispatch of JAX decides; only a miss comes back to Python. Inside of a
+transformation (grad, vmap, jit, scan ...) the call binds a primitive that holds the *global*
+program: the transformation acts on that, and partitioning happens when it is lowered.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from sharding import _jax
+from sharding.annotate import normalise_rules, shard_p
+from sharding.errors import ArgumentError, MeshError, Problem
+from sharding.mesh import MeshShape
+from sharding.program import build
+from sharding.rule import register_inline
+from spmd import stages
+from spmd.arguments import Arguments, flatten, rebuild
+from spmd.stages import Options, Partitioned
+
+
+def jit(
+    fun: Callable | None = None,
+    *,
+    mesh: Any = None,
+    axis_rules: Any = (),
+    in_shardings: Any = None,
+    out_shardings: Any = None,
+    donate_argnums: int | Sequence[int] | None = None,
+    donate_argnames: str | Sequence[str] | None = None,
+    static_argnums: int | Sequence[int] | None = None,
+    static_argnames: str | Sequence[str] | None = None,
+    keep_unused: bool = False,
+    fallback: str = "error",
+    compiler_options: Any = None,
+) -> Any:
+    """Compiles `fun` into a partitioned program: `jax.jit`, with the sharding of every operation
+    inferred from a few annotations, and with explicit collectives.
+
+    Args:
+      fun: a function written as for one device.
+      mesh: `jax.sharding.Mesh`, or `AbstractMesh` to plan without devices; by default the mesh
+        set by `jax.set_mesh`.
+      axis_rules: (logical name, mesh axes or None) pairs for names that are no mesh axes, with
+        the semantics of flax's logical axis rules.
+      in_shardings: pytree prefix of PartitionSpec, NamedSharding or None (inferred) for the
+        positional arguments.
+      out_shardings: the same for the result.
+      donate_argnums, donate_argnames, static_argnums, static_argnames, keep_unused,
+        compiler_options: as in `jax.jit`.
+      fallback: "error": a primitive without a sharding rule is an error; "replicate": it runs
+        whole on every device.
+
+    Returns:
+      A callable with the stages `.trace`, `.lower` (see `spmd.stages`).
+
+    Raises:
+      MeshError: there is no mesh, or it does not fit the devices.
+      ArgumentError: an argument of `jit` itself is wrong.
+    """
+    if fun is None:
+        return functools.partial(
+            jit, mesh=mesh, axis_rules=axis_rules, in_shardings=in_shardings,
+            out_shardings=out_shardings, donate_argnums=donate_argnums,
+            donate_argnames=donate_argnames, static_argnums=static_argnums,
+            static_argnames=static_argnames, keep_unused=keep_unused, fallback=fallback,
+            compiler_options=compiler_options,
+        )  # fmt: skip
+    if not callable(fun):
+        raise ArgumentError(
+            Problem(
+                f"spmd.jit was given a {type(fun).__name__}",
+                "it compiles functions",
+                "pass a callable",
+            )
+        )
+    if fallback not in ("error", "replicate"):
+        raise ArgumentError(
+            Problem(
+                f"fallback={fallback!r}",
+                "a primitive without a rule is either an error or replicated",
+                'use fallback="error" or fallback="replicate"',
+            )
+        )
+    static = _jax.infer_argnums(fun, static_argnums, static_argnames)
+    donate = _jax.infer_argnums(fun, donate_argnums, donate_argnames)
+    options = Options(
+        checked_mesh(mesh), normalise_rules(axis_rules), in_shardings, out_shardings,
+        donate[0], donate[1], static[0], static[1], keep_unused, fallback, compiler_options,
+    )  # fmt: skip
+    return Function(fun, options)
+
+
+def checked_mesh(mesh: Any) -> Any:
+    """The mesh to use: the one given, or the one that `jax.set_mesh` set.
+
+    Raises:
+      MeshError: there is none, or it is malformed.
+    """
+    if mesh is None:
+        mesh = jax.sharding.get_mesh()
+        if mesh.empty:
+            raise MeshError(
+                Problem(
+                    "spmd.jit has no mesh",
+                    "a program is partitioned over the axes of a mesh",
+                    'pass mesh=jax.make_mesh((8,), ("data",)), or enter jax.set_mesh(mesh)',
+                )
+            )
+    shape = MeshShape.of(mesh)
+    if isinstance(mesh, (MeshShape, dict)):
+        return AbstractMesh(tuple(n for _, n in shape.axes), shape.names)
+    return mesh
+
+
+class Function:
+    """What `spmd.jit` returns."""
+
+    def __init__(self, fun: Callable, options: Options):
+        self._fun, self._options = fun, options
+        self._entries: dict[Any, _Entry] = {}
+        self._fast: Callable | None = None
+        functools.update_wrapper(self, fun)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        fast = self._fast
+        if fast is not None and not kwargs and _jax.outside_of_tracing():
+            try:
+                return fast(*args)
+            except _Miss:
+                return self._dispatch(args, kwargs)
+            except ValueError as error:
+                # Committed arguments on other shardings than compiled for: another program, or
+                # the user's mistake; `_dispatch` tells.
+                return self._dispatch(args, kwargs, error)
+        if _jax.outside_of_tracing():
+            return self._dispatch(args, kwargs)
+        return self._bind(args, kwargs)
+
+    def trace(self, *args: Any, **kwargs: Any) -> stages.Traced:
+        """The program for arguments like these; `ShapeDtypeStruct`s will do."""
+        return stages.trace(self._fun, self._arguments(args, kwargs), self._options)
+
+    def lower(self, *args: Any, **kwargs: Any) -> stages.Lowered:
+        """All stages up to StableHLO."""
+        return self._partition(self._arguments(args, kwargs)).lower()
+
+    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+        return jax.eval_shape(self._fun, *args, **kwargs)
+
+    def clear_cache(self) -> None:
+        self._entries.clear()
+        self._fast = None
+
+    def _cache_size(self) -> int:
+        return len(self._entries)
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else functools.partial(self, instance)
+
+    def __repr__(self) -> str:
+        name = getattr(self._fun, "__qualname__", repr(self._fun))
+        return f"<spmd.jit of {name} over {self._options.mesh_shape}>"
+
+    def _arguments(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Arguments:
+        options = self._options
+        return flatten(
+            self._fun, args, kwargs, options.static_argnums, options.static_argnames,
+            options.mesh_shape.names,
+        )  # fmt: skip
+
+    def _partition(self, arguments: Arguments) -> Partitioned:
+        traced = stages.trace(self._fun, arguments, self._options)
+        partitioned = traced.propagate().partition()
+        partitioned.warn()
+        return partitioned
+
+    def _dispatch(
+        self, args: Sequence[Any], kwargs: dict[str, Any], error: ValueError | None = None
+    ) -> Any:
+        """The slow path: finds or makes the program for these arguments, and calls it."""
+        arguments = self._arguments(args, kwargs)
+        key = arguments.key
+        entry = self._entries.get(key)
+        if entry is None:
+            _check_devices(self._options.mesh)
+            entry = self._entries[key] = _Entry(self._partition(arguments))
+        elif error is not None and self._fast is entry.function:
+            raise error
+        if kwargs:
+            return entry.call_flat(arguments)
+        self._fast = entry.function
+        return entry.call(args)
+
+    def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Inside of a transformation: the global program, as one call."""
+        arguments = self._arguments(args, kwargs)
+        traced = stages.trace(self._fun, arguments, self._options)
+        inner = {v.id: s for v, s in traced.annotations}
+
+        def run(*leaves: Any) -> Sequence[Any]:
+            marked = [
+                _annotated(x, inner.get(v.id))
+                for x, v in zip(leaves, traced.program.body.inputs, strict=True)
+            ]
+            results = _jax.as_fun(traced.program.closed)(*marked)
+            return [_annotated(x, s) for x, s in zip(results, traced.out_specs, strict=True)]
+
+        leaves = [_on_mesh(x, self._options.mesh) for x in arguments.leaves]
+        closed = _jax.trace(run, *arguments.avals)
+        results = _jax.bind_call(spmd_call_p, closed, leaves, options=self._options)
+        return jax.tree.unflatten(traced.out_tree, results)
+
+
+class _Miss(Exception):
+    """JAX wants to trace again: the call is not the one that the function was made for."""
+
+
+class _Entry:
+    """One partitioned program, and the `jax.jit`-ed functions that call it."""
+
+    def __init__(self, partitioned: Partitioned):
+        self.partitioned = partitioned
+        self.tracing = False
+        options = partitioned.jit_options(flat=False)
+        statics = partitioned.options.static_argnums
+        self.function = jax.jit(self._run, static_argnums=statics, **options)
+        self._flat: Callable | None = None
+
+    def call(self, args: Sequence[Any]) -> Any:
+        self.tracing = True
+        try:
+            return self.function(*args)
+        finally:
+            self.tracing = False
+
+    def call_flat(self, arguments: Arguments) -> Any:
+        """Keyword arguments have no shardings in `jax.jit`: everything is passed by position."""
+        if self._flat is None:
+            self._flat = jax.jit(self.partitioned.sharded, **self.partitioned.jit_options(True))
+        results = self._flat(*arguments.leaves)
+        return jax.tree.unflatten(self.partitioned.propagated.traced.out_tree, results)
+
+    def _run(self, *args: Any) -> Any:
+        if not self.tracing:
+            raise _Miss
+        traced = self.partitioned.propagated.traced
+        statics = {i for i, _ in traced.arguments.static}
+        dynamic = tuple(a for i, a in enumerate(args) if i not in statics)
+        results = self.partitioned.sharded(*jax.tree.leaves((dynamic, {})))
+        return jax.tree.unflatten(traced.out_tree, results)
+
+
+def _lower_call(closed: Any, params: dict[str, Any]) -> Callable:
+    """Partitions the global program of a call that a transformation has finished with."""
+    options: Options = params["options"]
+    closed = _jax.dead_code_free(closed)
+    program = build(closed)
+    program.check_rules(options.fallback)
+    annotations = stages.sharding.propagation.annotations_in(program, options.mesh_shape, ())
+    result = stages.sharding.propagation.propagate(program, options.mesh_shape, annotations)
+    arguments = Arguments(tuple(v.aval for v in program.body.inputs), None, (), (), ())
+    traced = stages.Traced(
+        program, arguments, tuple(annotations), None, (None,) * len(program.body.outputs), options
+    )
+    return stages.Propagated(traced, result).partition().sharded
+
+
+spmd_call_p = _jax.call_primitive("spmd_call", _lower_call)
+register_inline(spmd_call_p, lambda params: _jax.closed(params["call_jaxpr"]))
+
+
+def _annotated(x: Any, sharding: Any) -> Any:
+    from sharding.annotate import DimSpec, Spec
+
+    if sharding is None:
+        return x
+    dims = tuple(DimSpec(d.axes, d.open, d.priority) for d in sharding.dims)
+    return shard_p.bind(x, spec=Spec(dims))
+
+
+def _on_mesh(x: Any, mesh: Any) -> Any:
+    """Tells an outer `jax.jit` which devices the call runs on."""
+    if isinstance(mesh, AbstractMesh) or not _jax.is_tracer(x):
+        return x
+    free = PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * x.ndim)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, free))
+
+
+def _check_devices(mesh: Any) -> None:
+    """Raises MeshError when a program cannot run on the mesh."""
+    if isinstance(mesh, AbstractMesh):
+        shape = MeshShape.of(mesh)
+        raise MeshError(
+            Problem(
+                f"the mesh {shape} is abstract",
+                f"it describes {shape.size} devices and names none, so nothing can run on it",
+                "pass a jax.sharding.Mesh to run; use .trace(...).propagate().partition() to plan",
+            )
+        )
+
+
+__all__ = ["Function", "jit", "rebuild", "spmd_call_p"]

@@ -1,0 +1,143 @@
+"""Emits the collectives of a reshard plan, inside `shard_map`."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from sharding.mesh import MeshShape, axes_size, axis_size
+from sharding.spec import Layout
+from spmd.partition.reshard import Dims, Step
+
+
+def apply(steps: Sequence[Step], x: Any, src: Layout, shape: tuple[int, ...], mesh: MeshShape) -> Any:
+    """`x`, laid out as `src`, after `steps`.
+
+    Args:
+      shape: global shape.
+    """
+    if not steps:
+        return x
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        return _apply_to_keys(steps, x, src, shape, mesh)
+    before = src
+    for step in steps:
+        x = _APPLY[step.kind](step, x, before, shape, mesh)
+        before = step.after
+    return x
+
+
+def linear_index(axes: Sequence[str], mesh: MeshShape) -> Any:
+    """Traced int32: this device's place along `axes`, major to minor."""
+    index = jnp.int32(0)
+    for axis in axes:
+        index = index * axis_size(mesh, axis) + lax.axis_index(axis)
+    return index
+
+
+def reduce_over(x: Any, axes: tuple[str, ...], monoid: str) -> Any:
+    """All-reduce by any monoid that `Sharding.partial` knows."""
+    if monoid == "add":
+        return lax.psum(x, axes)
+    if monoid in ("and", "or"):
+        reduce = lax.pmin if monoid == "and" else lax.pmax
+        return reduce(x.astype(jnp.int8), axes).astype(x.dtype)
+    if monoid == "mul":
+        return jnp.prod(lax.all_gather(x, axes), axis=0).astype(x.dtype)
+    return {"max": lax.pmax, "min": lax.pmin}[monoid](x, axes)
+
+
+def _slice(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:
+    size = _local(step.after, step.dim, shape, mesh)
+    x = _pad_to(x, step.dim, size * axes_size(mesh, step.axes))
+    start = linear_index(step.axes, mesh) * size
+    return lax.dynamic_slice_in_dim(x, start, size, step.dim)
+
+
+def _all_gather(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:
+    x = lax.all_gather(x, step.axes, axis=step.dim, tiled=True)
+    return _trim_to(x, step.dim, _local(step.after, step.dim, shape, mesh))
+
+
+def _all_to_all(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:
+    size = _local(step.after, step.to_dim, shape, mesh)
+    x = _pad_to(x, step.to_dim, size * axis_size(mesh, step.axes[0]))
+    x = lax.all_to_all(x, step.axes[0], step.to_dim, step.dim, tiled=True)
+    return _trim_to(x, step.dim, _local(step.after, step.dim, shape, mesh))
+
+
+def _reduce_scatter(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:
+    size = _local(step.after, step.dim, shape, mesh)
+    x = _pad_to(x, step.dim, size * axis_size(mesh, step.axes[0]))
+    return lax.psum_scatter(x, step.axes[0], scatter_dimension=step.dim, tiled=True)
+
+
+def _all_reduce(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:
+    return reduce_over(x, step.axes, step.monoid)
+
+
+def _permute(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:
+    pairs = permutation(before.dims, step.after.dims, step.axes, mesh)
+    return lax.ppermute(x, step.axes, pairs)
+
+
+_APPLY = {
+    "slice": _slice,
+    "all_gather": _all_gather,
+    "all_to_all": _all_to_all,
+    "reduce_scatter": _reduce_scatter,
+    "all_reduce": _all_reduce,
+    "permute": _permute,
+}
+
+
+def permutation(
+    src: Dims, dst: Dims, axes: tuple[str, ...], mesh: MeshShape
+) -> list[tuple[int, int]]:
+    """(source, destination) pairs, linear over `axes`, that turn layout `src` into `dst`.
+
+    A destination wants the block at its index along the new axes; the block lies at the source
+    with that index along the old axes. Axes that hold no block pair up in order, so that the map
+    is a bijection.
+    """
+    sizes = [axis_size(mesh, a) for a in axes]
+    held = [a for s, d in zip(src, dst, strict=True) if s != d for a in s]
+    wanted = [a for s, d in zip(src, dst, strict=True) if s != d for a in d]
+    held += [a for a in axes if a not in held]
+    wanted += [a for a in axes if a not in wanted]
+    # Linear index along `held` (source) equals linear index along `wanted` (destination).
+    grid = np.arange(prod(sizes)).reshape(sizes)
+    by_held = grid.transpose([axes.index(a) for a in held]).ravel()
+    by_wanted = grid.transpose([axes.index(a) for a in wanted]).ravel()
+    return [(int(s), int(d)) for s, d in zip(by_held, by_wanted, strict=True)]
+
+
+def _local(layout: Layout, dim: int, shape: Sequence[int], mesh: MeshShape) -> int:
+    return -(-shape[dim] // axes_size(mesh, layout.dims[dim]))
+
+
+def _pad_to(x: Any, dim: int, size: int) -> Any:
+    """Padding at the end of `dim`; its content is never read."""
+    if x.shape[dim] == size:
+        return x
+    widths = [(0, size - x.shape[dim], 0) if d == dim else (0, 0, 0) for d in range(x.ndim)]
+    return lax.pad(x, jnp.zeros((), x.dtype), widths)
+
+
+def _trim_to(x: Any, dim: int, size: int) -> Any:
+    return x if x.shape[dim] == size else lax.slice_in_dim(x, 0, size, axis=dim)
+
+
+def _apply_to_keys(steps: Any, x: Any, src: Layout, shape: Any, mesh: MeshShape) -> Any:
+    """Collectives move the words of random keys: one more dim, never sharded."""
+    impl = jax.random.key_impl(x)
+    data = jax.random.key_data(x)
+    wide = [s._replace(after=Layout((*s.after.dims, ()), s.after.partial)) for s in steps]
+    data = apply(
+        wide, data, Layout((*src.dims, ()), src.partial), (*shape, data.shape[-1]), mesh
+    )
+    return jax.random.wrap_key_data(data, impl=impl)

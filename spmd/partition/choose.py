@@ -1,0 +1,256 @@
+"""Which axes shard which factors of an equation: the one place where results, operands and cost
+meet.
+
+Every mesh axis that an operand or the wanted result uses may go to a factor, to none, or stay
+carried as partial. Among the legal assignments the one with the cheapest reshards and local work
+is taken; results decide ties.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import product
+from math import prod
+from typing import NamedTuple
+
+from sharding.mesh import MeshShape, axes_size
+from sharding.project import expressible, to_dims, to_factors
+from sharding.rule import Kind, Rule
+from sharding.spec import Layout
+from spmd import cost
+from spmd.partition.plan import Assignment
+from spmd.partition.reshard import local_bytes, plan
+
+_CARRY = "(carried)"
+_NONE = ""
+_MAX_CANDIDATES = 512
+
+
+class Tensor(NamedTuple):
+    """An operand or result of the equation to be decided.
+
+    Attributes:
+      shape: global.
+      itemsize: bytes per element.
+      layouts: operand: layouts at hand, the first as it was made. result: the wanted one.
+      share: part of a reshard's cost that this use bears; values that others read too share it.
+    """
+
+    shape: tuple[int, ...]
+    itemsize: int
+    layouts: tuple[Layout, ...]
+    share: float = 1.0
+
+
+def needs(
+    rule: Rule, assignment: Assignment, operands: Sequence[Tensor], mesh: MeshShape
+) -> tuple[Layout, ...]:
+    """The layout that every operand must have under an assignment."""
+    group = _linear_group(rule, assignment.carried, operands) or ()
+    carried = tuple((a, "add") for a in assignment.carried)
+    factors = assignment.axes
+    return tuple(
+        Layout(to_dims(rule, i, factors, mesh), carried if i in group else ())
+        for i in range(len(operands))
+    )
+
+
+def makes(rule: Rule, assignment: Assignment, mesh: MeshShape) -> tuple[Layout, ...]:
+    """The layout that every result has under an assignment: partial over reduced factors."""
+    partial = [(a, "add") for a in assignment.carried]
+    for name, axes in assignment.factors:
+        factor = rule.factors[name]
+        if factor.kind is Kind.REDUCE:
+            partial += [(a, factor.monoid) for a in axes]
+    factors = assignment.axes
+    first = len(rule.operands)
+    return tuple(
+        Layout(to_dims(rule, first + r, factors, mesh), tuple(sorted(partial)))
+        for r in range(len(rule.results))
+    )
+
+
+def choose(
+    rule: Rule, operands: tuple[Tensor, ...], results: tuple[Tensor, ...], mesh: MeshShape
+) -> Assignment:
+    """The cheapest legal assignment; memoised, since layers repeat."""
+    shape_key = (rule.operands, rule.results, tuple(rule.factors.items()), rule.linear, rule.flops)
+    return _choose(_Keyed(shape_key, rule), operands, results, mesh)
+
+
+class _Keyed:
+    """A rule that hashes by content: rules of repeated layers are equal, not identical."""
+
+    __slots__ = ("hash", "key", "rule")
+
+    def __init__(self, key: tuple, rule: Rule):
+        self.key, self.rule, self.hash = key, rule, hash(key)
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Keyed) and self.key == other.key
+
+
+@lru_cache(maxsize=1 << 16)
+def _choose(
+    keyed: _Keyed, operands: tuple[Tensor, ...], results: tuple[Tensor, ...], mesh: MeshShape
+) -> Assignment:
+    rule = keyed.rule
+    best, best_cost = None, float("inf")
+    for assignment in _candidates(rule, operands, results, mesh):
+        total = _cost(rule, assignment, operands, results, mesh, best_cost)
+        if total < best_cost:
+            best, best_cost = assignment, total
+    assert best is not None, "the empty assignment is always legal"
+    return best
+
+
+def forced(
+    rule: Rule, result: Layout, mesh: MeshShape
+) -> Assignment:
+    """The assignment that makes exactly `result`: for annotations, and values made from nothing."""
+    factors = to_factors(rule, len(rule.operands), result.dims, mesh)
+    legal = {n: a for n, a in factors.items() if rule.factors[n].kind is not Kind.FIXED}
+    if not _legal(rule, legal, mesh):
+        legal = {}
+    return Assignment(tuple(legal.items()))
+
+
+def _candidates(
+    rule: Rule, operands: Sequence[Tensor], results: Sequence[Tensor], mesh: MeshShape
+) -> Iterator[Assignment]:
+    """Legal assignments, those that keep the wanted result first."""
+    options: dict[str, dict[str, None]] = {}
+    order: dict[str, list[str]] = {}
+    wanted: set[tuple[str, str]] = set()
+
+    def note(found: dict[str, tuple[str, ...]], is_result: bool) -> None:
+        for name, axes in found.items():
+            if rule.factors[name].kind is Kind.FIXED:
+                continue
+            for axis in axes:
+                options.setdefault(axis, {})[name] = None
+                if axis not in order.setdefault(name, []):
+                    order[name].append(axis)
+                if is_result:
+                    wanted.add((axis, name))
+
+    for r, tensor in enumerate(results):
+        note(to_factors(rule, len(operands) + r, tensor.layouts[0].dims, mesh), True)
+    for i, tensor in enumerate(operands):
+        for layout in tensor.layouts:
+            note(to_factors(rule, i, layout.dims, mesh), False)
+    for axis in _carriable(rule, operands):
+        options.setdefault(axis, {})[_CARRY] = None
+    axes = list(options)
+    choices = [_prune(rule, axis, list(options[axis]), wanted, operands, mesh) for axis in axes]
+    if prod(map(len, choices)) > _MAX_CANDIDATES:
+        choices = [c[:2] for c in choices]
+    for combo in product(*choices):
+        assignment = _assemble(rule, axes, combo, order)
+        if _legal(rule, assignment.axes, mesh) and _can_carry(rule, assignment, operands):
+            yield assignment
+    yield Assignment(())
+
+
+def _prune(
+    rule: Rule, axis: str, factors: list[str], wanted: set[tuple[str, str]],
+    operands: Sequence[Tensor], mesh: MeshShape,
+) -> list[str]:  # fmt: skip
+    """Drops "no factor" where it can only cost: one factor, wanted by the result, no reduction."""
+    if len(factors) == 1 and (axis, factors[0]) in wanted:
+        return factors
+    return [*factors, _NONE]
+
+
+def _assemble(
+    rule: Rule, axes: Sequence[str], combo: Sequence[str], order: dict[str, list[str]]
+) -> Assignment:
+    chosen = dict(zip(axes, combo, strict=True))
+    factors = []
+    for name, ordered in order.items():
+        taken = tuple(a for a in ordered if chosen.get(a) == name)
+        if taken:
+            factors.append((name, taken))
+    carried = tuple(sorted(a for a, name in chosen.items() if name == _CARRY))
+    return Assignment(tuple(factors), carried)
+
+
+def _legal(rule: Rule, factors: dict[str, tuple[str, ...]], mesh: MeshShape) -> bool:
+    if rule.simple:
+        return True
+    for name, axes in factors.items():
+        if name in rule.even and rule.factors[name].size % axes_size(mesh, axes):
+            return False
+    return all(expressible(rule, t, factors, mesh) for t in range(len(rule.tensors)))
+
+
+def _carriable(rule: Rule, operands: Sequence[Tensor]) -> list[str]:
+    """Axes over which some linear group of operands is partial by add."""
+    axes: dict[str, None] = {}
+    for tensor in operands:
+        for axis, monoid in tensor.layouts[0].partial:
+            if monoid == "add" and _linear_group(rule, (axis,), operands) is not None:
+                axes[axis] = None
+    return list(axes)
+
+
+def _linear_group(
+    rule: Rule, carried: tuple[str, ...], operands: Sequence[Tensor]
+) -> tuple[int, ...] | None:
+    """The group of operands that carries all these axes; None where there is none."""
+    if not carried:
+        return None
+    for group in rule.linear:
+        if all(
+            (a, "add") in operands[i].layouts[0].partial for i in group for a in carried
+        ):
+            return group
+    return None
+
+
+def _can_carry(rule: Rule, assignment: Assignment, operands: Sequence[Tensor]) -> bool:
+    if not assignment.carried:
+        return True
+    return _linear_group(rule, assignment.carried, operands) is not None
+
+
+def _cost(
+    rule: Rule, assignment: Assignment, operands: Sequence[Tensor], results: Sequence[Tensor],
+    mesh: MeshShape, limit: float,
+) -> float:  # fmt: skip
+    """Reshards of operands and (towards what is wanted) of results, and local work."""
+    made = makes(rule, assignment, mesh)
+    factors = assignment.axes
+    iterations = 1.0
+    for name, factor in rule.factors.items():
+        if factor.kind is not Kind.FIXED:
+            iterations *= -(-factor.size // axes_size(mesh, factors.get(name, ())))
+    needed = needs(rule, assignment, operands, mesh)
+    touched = sum(
+        local_bytes(layout, t.shape, t.itemsize, mesh)
+        for layout, t in (*zip(needed, operands, strict=True), *zip(made, results, strict=True))
+    )
+    total = cost.compute(iterations * rule.flops, touched)
+    for layout, tensor in zip(made, results, strict=True):
+        if tensor.share:
+            total += plan(layout, tensor.layouts[0], tensor.shape, tensor.itemsize, mesh).cost
+        if total >= limit:
+            return total
+    for need, tensor in zip(needed, operands, strict=True):
+        total += tensor.share * cheapest(tensor, need, mesh)
+        if total >= limit:
+            return total
+    return total
+
+
+def cheapest(tensor: Tensor, need: Layout, mesh: MeshShape) -> float:
+    """Cost of the cheapest reshard from any layout at hand."""
+    if need in tensor.layouts:
+        return 0.0
+    return min(
+        plan(layout, need, tensor.shape, tensor.itemsize, mesh).cost
+        for layout in tensor.layouts
+        if set(need.partial) <= set(layout.partial)
+    )

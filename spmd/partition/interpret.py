@@ -1,0 +1,87 @@
+"""Carries out a plan: the one loop that emits the per-device program, under `shard_map`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sharding import _jax
+from sharding.mesh import MeshShape
+from spmd.partition.apply import apply
+from spmd.partition.local import LocalView
+from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
+from spmd.partition.verify import check_local_shape
+
+
+def per_device(plan: ProgramPlan) -> Callable[..., tuple[Any, ...]]:
+    """A traceable function of local arguments, with explicit collectives."""
+
+    def run(*args: Any) -> tuple[Any, ...]:
+        return tuple(_region(plan.body, plan.mesh, args))
+
+    return run
+
+
+def _region(region: RegionPlan, mesh: MeshShape, args: Sequence[Any]) -> list[Any]:
+    env: dict[tuple[int, Any], Any] = {}
+
+    def read(key: Key) -> Any:
+        if key.value.const is not None and (key.value.id, key.layout) not in env:
+            return _constant(key)
+        return env[key.value.id, key.layout]
+
+    for value, layout, arg in zip(region.region.inputs, region.inputs, args, strict=True):
+        env[value.id, layout] = arg
+    for instruction in region.code:
+        if isinstance(instruction, Move):
+            x = read(Key(instruction.value, instruction.src))
+            with _at(instruction.reason):
+                x = apply(
+                    instruction.plan.steps, x, instruction.src, instruction.value.shape, mesh
+                )
+            env[instruction.value.id, instruction.dst] = x
+            continue
+        with _at(instruction.op):
+            results = _compute(instruction, mesh, [read(key) for key in instruction.operands])
+        for key, x in zip(instruction.results, results, strict=True):
+            check_local_shape(key, x, instruction, mesh)
+            env[key.value.id, key.layout] = x
+    return [read(key) for key in region.outputs]
+
+
+def _compute(instruction: Compute, mesh: MeshShape, operands: Sequence[Any]) -> Sequence[Any]:
+    op = instruction.op
+    with _jax.equation_context(op.eqn):
+        if op.control is None:
+            return LocalView(instruction, mesh).run(operands)
+        bodies = [
+            lambda *args, region=region: _region(region, mesh, args)
+            for region in instruction.regions
+        ]
+        return op.control.build(op.params, bodies, operands)
+
+
+def _constant(key: Key) -> Any:
+    value = key.value
+    if value.rank or not hasattr(value.const, "dtype"):
+        x = jnp.asarray(value.const, value.dtype)
+    else:
+        x = value.const
+    weak = getattr(value.aval, "weak_type", False)
+    return jax.lax.convert_element_type(x, value.dtype) if not weak else x
+
+
+class _Nothing:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+
+_NOTHING = _Nothing()
+
+
+def _at(op: Any) -> Any:
+    return _NOTHING if op is None else _jax.at_source(op.eqn)

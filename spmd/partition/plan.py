@@ -1,0 +1,161 @@
+"""The partitioned program as data: what is computed, at which layouts, and what moves between.
+
+A plan is a list of instructions per region. It is made without tracing (`choose`, `planner`),
+checked (`verify`), printed, and then carried out (`interpret`).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from sharding.mesh import MeshShape
+from sharding.program import Op, Program, Region, Value, describe
+from sharding.rule import Rule
+from sharding.spec import Layout
+from spmd.partition.reshard import Plan
+
+
+class Assignment(NamedTuple):
+    """Which mesh axes shard which factors of an equation.
+
+    Attributes:
+      factors: (factor, axes) pairs.
+      carried: axes over which operands stay partial by add, and the results with them.
+    """
+
+    factors: tuple[tuple[str, tuple[str, ...]], ...]
+    carried: tuple[str, ...] = ()
+
+    @property
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        return dict(self.factors)
+
+
+class Key(NamedTuple):
+    """A value in one layout: what instructions read and write."""
+
+    value: Value
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Move:
+    """Reshards a value; `plan` may be empty of collectives (a local slice)."""
+
+    value: Value
+    src: Layout
+    dst: Layout
+    plan: Plan
+    reason: Op | None  # the op that needs it; None at the program's boundary
+
+
+@dataclass(frozen=True)
+class Compute:
+    """One equation at local shapes, or a control-flow op around its planned regions."""
+
+    op: Op
+    assignment: Assignment
+    operands: tuple[Key, ...]
+    results: tuple[Key, ...]
+    regions: tuple["RegionPlan", ...] = ()
+
+    @property
+    def rule(self) -> Rule | None:
+        return None if self.op.control else self.op.rule
+
+
+@dataclass(frozen=True)
+class RegionPlan:
+    """Instructions of one region and the layouts at its boundary."""
+
+    region: Region
+    inputs: tuple[Layout, ...]
+    outputs: tuple[Key, ...]
+    code: tuple[Move | Compute, ...]
+
+    def walk(self, trips: int = 1) -> Iterator[tuple[Move | Compute, int]]:
+        """Every instruction with how often it runs, those of nested regions included."""
+        for instruction in self.code:
+            yield instruction, trips
+            if isinstance(instruction, Compute) and instruction.regions:
+                control = instruction.op.control
+                inner = trips * (control.trips(instruction.op) if control else 1)
+                for region in instruction.regions:
+                    yield from region.walk(inner)
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """Something the partitioner did that the user may not expect.
+
+    Attributes:
+      kind: boundary (uneven argument or result), padding, gather.
+      value: what it happened to, as its user knows it.
+      text: what was done and what it costs.
+      bytes: wire bytes per device, or bytes of padding.
+      source: source line of the operation.
+    """
+
+    kind: str
+    value: str
+    text: str
+    bytes: float = 0.0
+    source: str = ""
+
+    def __str__(self) -> str:
+        at = f" at {self.source}" if self.source else ""
+        return f"{self.kind}: {self.value}: {self.text}{at}"
+
+
+@dataclass(frozen=True)
+class ProgramPlan:
+    """A whole partitioned program.
+
+    Attributes:
+      program: what was partitioned.
+      mesh: refined, so that every sub-axis is an axis of its own.
+      body: the top-level region; its inputs and outputs are at boundary layouts.
+      diagnostics: see `Diagnostic`.
+    """
+
+    program: Program
+    mesh: MeshShape
+    body: RegionPlan
+    diagnostics: tuple[Diagnostic, ...] = field(default=())
+
+    def moves(self) -> Iterator[tuple[Move, int]]:
+        for instruction, trips in self.body.walk():
+            if isinstance(instruction, Move) and instruction.plan.steps:
+                yield instruction, trips
+
+    def __str__(self) -> str:
+        return f"mesh {self.mesh}\n" + "\n".join(_render(self.body, ""))
+
+
+def _render(body: RegionPlan, indent: str) -> Iterator[str]:
+    for instruction in body.code:
+        if isinstance(instruction, Move):
+            steps = " then ".join(
+                f"{s.kind}({'+'.join(s.axes)})" + (f" {s.bytes:,.0f} B" if s.bytes else "")
+                for s in instruction.plan.steps
+            )
+            value = instruction.value
+            yield f"{indent}{value} {instruction.dst} = {steps} of {instruction.src}" + (
+                f"  # {describe(value)}" if value.name or value.op else ""
+            )
+            continue
+        op = instruction.op
+        left = ", ".join(f"{k.value} {k.layout}" for k in instruction.results)
+        right = ", ".join(_operand(k) for k in instruction.operands)
+        source = f"  # {op.source}" if op.source else ""
+        yield f"{indent}{left} = {op.primitive.name}({right}){source}"
+        for i, region in enumerate(instruction.regions):
+            yield f"{indent}  region {i}:"
+            yield from _render(region, indent + "    ")
+    yield f"{indent}return {', '.join(_operand(k) for k in body.outputs)}"
+
+
+def _operand(key: Key) -> str:
+    if key.value.const is not None and key.value.rank == 0:
+        return str(key.value.const)
+    return f"{key.value} {key.layout}" if key.value.rank else str(key.value)

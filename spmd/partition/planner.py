@@ -1,0 +1,237 @@
+"""Walks the propagated program and writes the plan: a decision per op, a move per reshard.
+
+Values keep every layout they were brought into, so that the same value is resharded the same way
+once per region. Partial values stay partial until something needs them whole.
+"""
+
+from collections.abc import Sequence
+
+from sharding.mesh import MeshShape, refine, refine_refs
+from sharding.program import Op, Region, Value, describe
+from sharding.propagation import Propagated
+from sharding.rule import Kind, Port
+from sharding.spec import Layout
+from spmd.partition.choose import Tensor, choose, forced, makes, needs
+from spmd.partition.plan import (
+    Assignment,
+    Compute,
+    Diagnostic,
+    Key,
+    Move,
+    ProgramPlan,
+    RegionPlan,
+)
+from spmd.partition.reshard import plan
+
+
+def make_plan(
+    propagated: Propagated, in_layouts: Sequence[Layout], out_layouts: Sequence[Layout]
+) -> ProgramPlan:
+    """The partitioned program as data.
+
+    Args:
+      propagated: a sharding for every value.
+      in_layouts: boundary layouts of the arguments, on the mesh of `propagated`.
+      out_layouts: the same for the results.
+    """
+    mesh = refined_mesh(propagated)
+    planner = _Planner(propagated, mesh)
+    ins = [planner.refine(layout) for layout in in_layouts]
+    outs = [planner.refine(layout) for layout in out_layouts]
+    body = planner.region(propagated.program.body, ins, outs)
+    return ProgramPlan(propagated.program, mesh, body, tuple(planner.diagnostics))
+
+
+def refined_mesh(propagated: Propagated) -> MeshShape:
+    """The mesh on which every sub-axis in use is an axis."""
+    refs = {a for s in set(propagated.shardings) for d in s.dims for a in d.axes if ":" in a}
+    return refine(propagated.mesh, refs)
+
+
+class _Planner:
+    def __init__(self, propagated: Propagated, mesh: MeshShape):
+        self.propagated, self.mesh = propagated, mesh
+        self.uses = propagated.program.uses
+        self.diagnostics: list[Diagnostic] = []
+        self.refined: dict = {}
+
+    def refine(self, layout: Layout) -> Layout:
+        """A layout on the user's mesh, on the refined mesh."""
+        if self.mesh is self.propagated.mesh or self.mesh == self.propagated.mesh:
+            return layout
+        dims = tuple(refine_refs(self.propagated.mesh, self.mesh, axes) for axes in layout.dims)
+        return Layout(dims, layout.partial)
+
+    def wanted(self, value: Value) -> Layout:
+        """The propagated layout of a value."""
+        sharding = self.propagated.shardings[value.id]
+        if sharding not in self.refined:
+            self.refined[sharding] = self.refine(sharding.layout)
+        return self.refined[sharding]
+
+    def region(
+        self, region: Region, inputs: Sequence[Layout], outputs: Sequence[Layout]
+    ) -> RegionPlan:
+        scope = _Scope(self, region, inputs)
+        for op in region.ops:
+            if op.control is None:
+                scope.compute(op)
+            else:
+                scope.control(op)
+        keys = tuple(
+            scope.read(value, layout, None)
+            for value, layout in zip(region.outputs, outputs, strict=True)
+        )
+        return RegionPlan(region, tuple(inputs), keys, tuple(scope.code))
+
+
+class _Scope:
+    """One region being planned: which layouts of which values are at hand."""
+
+    def __init__(self, planner: _Planner, region: Region, inputs: Sequence[Layout]):
+        self.planner, self.mesh = planner, planner.mesh
+        self.code: list[Move | Compute] = []
+        self.at_hand: dict[int, list[Layout]] = {}
+        for value, layout in zip(region.inputs, inputs, strict=True):
+            self.at_hand[value.id] = [layout]
+        for value in region.consts:
+            self.at_hand[value.id] = [_whole(value)]
+
+    def layouts(self, value: Value) -> list[Layout]:
+        found = self.at_hand.get(value.id)
+        return found if found is not None else [_whole(value)]
+
+    def tensor(self, value: Value) -> Tensor:
+        uses = max(1, self.planner.uses[value.id])
+        return Tensor(value.shape, _itemsize(value), tuple(self.layouts(value)), 1.0 / uses)
+
+    def compute(self, op: Op) -> None:
+        rule = op.rule
+        wanted = [self.planner.wanted(v) for v in op.outputs]
+        operands = tuple(self.tensor(v) for v in op.inputs)
+        if rule.annotation is not None or _made_from_nothing(op):
+            assignment = forced(rule, wanted[0], self.mesh)
+        elif rule.early and _agree(op, operands, wanted[0]):
+            assignment = forced(rule, wanted[0], self.mesh)
+        else:
+            results = tuple(
+                Tensor(v.shape, _itemsize(v), (w,), 1.0 if self.planner.uses[v.id] else 0.0)
+                for v, w in zip(op.outputs, wanted, strict=True)
+            )
+            assignment = choose(rule, operands, results, self.mesh)
+        self.emit(op, assignment, operands)
+
+    def emit(self, op: Op, assignment: Assignment, operands: Sequence[Tensor]) -> None:
+        needed = needs(op.rule, assignment, operands, self.mesh)
+        reads = tuple(self.read(v, n, op) for v, n in zip(op.inputs, needed, strict=True))
+        made = makes(op.rule, assignment, self.mesh)
+        results = tuple(Key(v, m) for v, m in zip(op.outputs, made, strict=True))
+        for value, layout in results:
+            self.at_hand.setdefault(value.id, []).append(layout)
+        self.code.append(Compute(op, assignment, reads, results))
+
+    def read(self, value: Value, need: Layout, op: Op | None) -> Key:
+        """The value in a layout; emits the move when it is not at hand."""
+        if value.const is not None and value.rank == 0:
+            return Key(value, need)
+        layouts = self.layouts(value)
+        if need in layouts:
+            return Key(value, need)
+        if value.op is not None and _made_from_nothing(value.op) and not need.partial:
+            # Cheaper than any collective: an iota or a filled array is made again where needed.
+            assignment = forced(value.op.rule, need, self.mesh)
+            if makes(value.op.rule, assignment, self.mesh)[0] == need:
+                self.emit(value.op, assignment, [self.tensor(v) for v in value.op.inputs])
+                return Key(value, need)
+        itemsize = _itemsize(value)
+        usable = [a for a in layouts if set(need.partial) <= set(a.partial)]
+        options = [(plan(a, need, value.shape, itemsize, self.mesh), a) for a in usable]
+        best, src = min(options, key=lambda option: option[0].cost)
+        self.code.append(Move(value, src, need, best, op))
+        self.at_hand.setdefault(value.id, [src]).append(need)
+        self.note_gather(value, best, op)
+        return Key(value, need)
+
+    def note_gather(self, value: Value, best, op: Op | None) -> None:
+        """A diagnostic where an operation has no distributed form along a sharded dim."""
+        if op is None or op.control is not None:
+            return
+        fixed = [f for f in op.rule.factors.values() if f.kind is Kind.FIXED]
+        wire = sum(s.bytes for s in best.steps if s.kind == "all_gather")
+        if fixed and wire:
+            text = f"{op.primitive.name} needs a sharded dim whole: gathered, {wire:,.0f} B"
+            self.planner.diagnostics.append(
+                Diagnostic("gather", describe(value), text, wire, op.source)
+            )
+
+    def control(self, op: Op) -> None:
+        """A control-flow op: layouts at the regions' boundaries are those propagated there."""
+        inputs = [[self.planner.wanted(v) for v in r.inputs] for r in op.regions]
+        first: dict[int, Layout] = {}
+        for port in op.in_ports:
+            # One operand is passed once: all its ports take the layout of the first.
+            inner = first.setdefault(port.outer, inputs[port.region][port.inner])
+            inputs[port.region][port.inner] = inner
+        outputs = [[self.planner.wanted(v).reduced() for v in r.outputs] for r in op.regions]
+        shared: dict[int, Layout] = {}
+        for port in op.out_ports:
+            layout = shared.setdefault(port.outer, outputs[port.region][port.inner])
+            outputs[port.region][port.inner] = layout
+        for region, out, into in op.control.carries(op):
+            outputs[region][out] = inputs[region][into]
+        regions = tuple(
+            self.planner.region(r, i, o)
+            for r, i, o in zip(op.regions, inputs, outputs, strict=True)
+        )
+        stacked = {port.outer for port in op.in_ports if port.stacked}
+        reads = tuple(
+            self.read(v, _outer(first[i], i in stacked) if i in first else _whole(v), op)
+            for i, v in enumerate(op.inputs)
+        )
+        results = self.control_results(op, op.out_ports, outputs)
+        for value, layout in results:
+            self.at_hand[value.id] = [layout]
+        self.code.append(Compute(op, Assignment(()), reads, results, regions))
+
+    def control_results(
+        self, op: Op, ports: Sequence[Port], outputs: Sequence[Sequence[Layout]]
+    ) -> tuple[Key, ...]:
+        found = {p.outer: _outer(outputs[p.region][p.inner], p.stacked) for p in ports}
+        return tuple(Key(v, found[i]) for i, v in enumerate(op.outputs))
+
+
+def _outer(inner: Layout, stacked: bool) -> Layout:
+    return Layout(((), *inner.dims), inner.partial) if stacked else inner
+
+
+def _whole(value: Value) -> Layout:
+    return Layout(((),) * value.rank)
+
+
+def _itemsize(value: Value) -> int:
+    return getattr(value.dtype, "itemsize", 4)
+
+
+def _made_from_nothing(op: Op) -> bool:
+    """An iota, or an array filled with a scalar: any layout of it costs nothing."""
+    return (
+        op.control is None
+        and len(op.outputs) == 1
+        and all(v.rank == 0 and v.const is not None for v in op.inputs)
+        and op.outputs[0].rank > 0
+        and not any(f.kind is Kind.REDUCE for f in op.rule.factors.values())
+    )
+
+
+def _agree(op: Op, operands: Sequence[Tensor], wanted: Layout) -> bool:
+    """Every operand of full shape already lies as the result should; others are scalars."""
+    shape = op.outputs[0].shape
+    for value, tensor in zip(op.inputs, operands, strict=True):
+        if value.rank == 0:
+            if tensor.layouts[0].partial:
+                return False
+        elif value.shape != shape or tensor.layouts[0] != wanted:
+            return False
+    return all(v.shape == shape for v in op.outputs)
+
+

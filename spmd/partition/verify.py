@@ -1,0 +1,132 @@
+"""The verifier between stages: shapes, axes used once, no partial value read as a whole one.
+
+Always on in tests (`SPMD_VERIFY=1`); cheap enough to leave on.
+"""
+
+import os
+from typing import Any
+
+from sharding.errors import Problem, VerificationError
+from sharding.mesh import MeshShape
+from sharding.program import describe
+from sharding.spec import Layout
+from spmd.partition.choose import makes
+from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
+
+ENABLED = os.environ.get("SPMD_VERIFY", "") not in ("", "0")
+
+
+def verify(plan: ProgramPlan) -> None:
+    """Checks a whole plan.
+
+    Raises:
+      VerificationError: with every violation found.
+    """
+    problems: list[Problem] = []
+    _region(plan.body, plan.mesh, problems)
+    if problems:
+        raise VerificationError(*problems)
+
+
+def check_local_shape(key: Key, x: Any, instruction: Compute, mesh: MeshShape) -> None:
+    """The array that was computed has the shape that its layout says, and the dtype of the value.
+
+    Raises:
+      VerificationError: it has not.
+    """
+    if not ENABLED:
+        return
+    expected = key.layout.local_shape(key.value.shape, mesh)
+    if tuple(x.shape) != expected or x.dtype != key.value.dtype:
+        raise VerificationError(
+            Problem(
+                f"{describe(key.value)} is {x.dtype}{list(x.shape)} on each device",
+                f"its layout {key.layout} of {key.value.dtype}{list(key.value.shape)} means "
+                f"{list(expected)}; the rule of {instruction.op.primitive.name} is wrong",
+                "report this as a defect, with the program",
+            )
+        )
+
+
+def _region(region: RegionPlan, mesh: MeshShape, problems: list[Problem]) -> None:
+    known: set[tuple[int, Layout]] = set()
+    for value, layout in zip(region.region.inputs, region.inputs, strict=True):
+        known.add((value.id, layout))
+        _layout(value, layout, mesh, problems)
+        if layout.partial:
+            problems.append(_leak(value, layout, "enters a region"))
+
+    def readable(key: Key) -> bool:
+        return key.value.const is not None or (key.value.id, key.layout) in known
+
+    for instruction in region.code:
+        if isinstance(instruction, Move):
+            _move(instruction, readable(Key(instruction.value, instruction.src)), problems)
+            known.add((instruction.value.id, instruction.dst))
+            continue
+        for key in instruction.operands:
+            if not readable(key):
+                problems.append(_unknown(key, instruction))
+        for key in instruction.results:
+            _layout(key.value, key.layout, mesh, problems)
+            known.add((key.value.id, key.layout))
+        if instruction.op.control is None:
+            _compute(instruction, mesh, problems)
+        for inner in instruction.regions:
+            _region(inner, mesh, problems)
+    for key in region.outputs:
+        if key.layout.partial:
+            problems.append(_leak(key.value, key.layout, "leaves a region"))
+        if not readable(key):
+            problems.append(_unknown(key, None))
+
+
+def _compute(instruction: Compute, mesh: MeshShape, problems: list[Problem]) -> None:
+    """Results are partial exactly as the rule says; partial operands are carried linearly."""
+    rule = instruction.op.rule
+    made = makes(rule, instruction.assignment, mesh)
+    for key, layout in zip(instruction.results, made, strict=True):
+        if key.layout != layout:
+            problems.append(_leak(key.value, key.layout, f"is made as {layout}"))
+    partial = [i for i, key in enumerate(instruction.operands) if key.layout.partial]
+    carried = {a for i in partial for a, _ in instruction.operands[i].layout.partial}
+    if carried != set(instruction.assignment.carried):
+        problems.append(_leak(instruction.op.outputs[0], made[0], f"carries {carried}"))
+    if partial and not any(tuple(partial) == tuple(sorted(g)) for g in rule.linear):
+        key = instruction.operands[partial[0]]
+        problems.append(
+            _leak(key.value, key.layout, f"is read by {instruction.op.primitive.name}")
+        )
+
+
+def _move(move: Move, known: bool, problems: list[Problem]) -> None:
+    if not known:
+        problems.append(_unknown(Key(move.value, move.src), None))
+    end = move.plan.steps[-1].after if move.plan.steps else move.src
+    if end != move.dst:
+        problems.append(_leak(move.value, move.dst, f"ends as {end}"))
+
+
+def _layout(value: Any, layout: Layout, mesh: MeshShape, problems: list[Problem]) -> None:
+    used = [a for axes in layout.dims for a in axes] + [a for a, _ in layout.partial]
+    if len(used) != len(set(used)) or not set(used) <= set(mesh.names):
+        problems.append(_leak(value, layout, f"uses axes {used} of {mesh}"))
+    if len(layout.dims) != value.rank:
+        problems.append(_leak(value, layout, f"has rank {value.rank}"))
+
+
+def _leak(value: Any, layout: Layout, how: str) -> Problem:
+    return Problem(
+        f"{describe(value)} with layout {layout} {how}",
+        "the plan breaks its own rules",
+        "report this as a defect, with the program",
+    )
+
+
+def _unknown(key: Key, instruction: Compute | None) -> Problem:
+    where = f" by {instruction.op}" if instruction else ""
+    return Problem(
+        f"{describe(key.value)} is read{where} as {key.layout}",
+        "nothing made it in that layout",
+        "report this as a defect, with the program",
+    )

@@ -1,0 +1,152 @@
+"""Trains a small language model with `spmd.jit` over all devices of this machine.
+
+Without arguments: eight simulated devices, and the text of Python's own standard library.
+
+    python train.py
+    python train.py --parallelism tensor_sequence --mesh data=2,tensor=4 --num-kv-heads 4
+    python train.py --config run.toml --checkpoint-dir runs/a --resume must
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from sharding.errors import Problem
+from spmd.simulate import simulate
+from training.checkpoint import Checkpoints, identity
+from training.cli import parse
+from training.config import RunConfig
+from training.data import Corpus, load_corpus, unigram_entropy
+from training.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from training.loop import Loop
+from training.program import Plan, make_mesh, plan
+from training.report import print_config, print_plan
+from training.sample import sample
+from training.validate import resolve_mesh, validate
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line `argv` (without the program's name); the exit code."""
+    # A file or a pipe has no width of its own, and tables would be folded to 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    errors = Console(stderr=True, soft_wrap=True)
+    checkpoints = None
+    try:
+        run, mesh_sizes = configure(argv)
+        corpus = load_corpus(run.data)
+        print_config(console, run, corpus)
+        checkpoints = Checkpoints(Path(run.checkpoint.checkpoint_dir), run.checkpoint.keep)
+        resumed = find_step(run, corpus, checkpoints)
+        planned = plan(run, make_mesh(mesh_sizes))
+        print_plan(console, planned)
+        checkpoints.open()
+        train(console, planned, corpus, checkpoints, resumed)
+    except TrainingError as error:
+        errors.print(f"error: {error}", markup=False, highlight=False, style="red")
+        return error.exit_code
+    except Interrupted as error:
+        errors.print(f"interrupted and saved; go on with:\n  {resume_command(argv, checkpoints)}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        errors.print("interrupted before the first step; there was nothing to save")
+        return 130
+    finally:
+        if checkpoints is not None:
+            checkpoints.close()
+    return 0
+
+
+def configure(argv: list[str]) -> tuple[RunConfig, dict[str, int]]:
+    """The resolved configuration and the mesh axis sizes.
+
+    Raises:
+      ConfigError: all that is wrong with the options.
+    """
+    run, problems = parse(argv)
+    simulate(max(run.mesh.devices, 1))
+    devices = jax.device_count()
+    problems += validate(run, devices)
+    if problems:
+        raise ConfigError(*problems)
+    sizes = resolve_mesh(run, devices)
+    model, checkpoint = run.model, run.checkpoint
+    if model.dtype == "auto":
+        on_cpu = jax.default_backend() == "cpu"  # which has no bfloat16 arithmetic of its own
+        model = dataclasses.replace(model, dtype="float32" if on_cpu else "bfloat16")
+    if not checkpoint.checkpoint_dir:
+        folder = time.strftime("runs/%Y%m%d-%H%M%S")
+        checkpoint = dataclasses.replace(checkpoint, checkpoint_dir=folder)
+    shown = ",".join(f"{name}={size}" for name, size in sizes.items())
+    mesh = dataclasses.replace(run.mesh, mesh=shown, devices=devices)
+    return dataclasses.replace(run, mesh=mesh, model=model, checkpoint=checkpoint), sizes
+
+
+def find_step(run: RunConfig, corpus: Corpus, checkpoints: Checkpoints) -> int | None:
+    """The step to resume from, or None to start afresh.
+
+    Raises:
+      CheckpointError: `--resume` and the folder do not go together.
+    """
+    latest, resume = checkpoints.latest(), run.checkpoint.resume
+    shown = f"--resume {resume} --checkpoint-dir {checkpoints.folder}"
+    if latest is None and resume == "must":
+        fix = "name the folder of the run to continue, or leave --resume out"
+        raise CheckpointError(Problem(shown, "the folder holds no checkpoint", fix))
+    if latest is not None and resume == "never":
+        why = f"the folder holds step {latest} of another run, and the two would be mixed up"
+        raise CheckpointError(Problem(shown, why, "name a new folder, or use --resume auto"))
+    if latest is not None:
+        checkpoints.check(latest, identity(run, corpus))
+    return latest
+
+
+def train(
+    console: Console, planned: Plan, corpus: Corpus, checkpoints: Checkpoints, resumed: int | None
+) -> None:
+    """Compiles, trains to the last step, validates and samples."""
+    started = time.perf_counter()
+    with console.status("compiling"):
+        step, evaluate = planned.compile_step(), planned.compile_evaluate()
+        if resumed is None:
+            state = planned.init()
+        else:
+            state = checkpoints.restore(resumed, planned.abstract_state())
+    took = time.perf_counter() - started
+    origin = "a new run" if resumed is None else f"step {resumed}"
+    console.print(
+        f"compiled in {took:.1f} s; from {origin}; checkpoints in {checkpoints.folder}",
+        highlight=False,
+    )
+    record = identity(planned.run, corpus)
+    loop = Loop(planned, corpus, step, evaluate, checkpoints, record, console)
+    state = loop.run(state)
+    loss = loop.validate(int(state.step), state)
+    entropy = unigram_entropy(corpus.validation)
+    console.print(
+        f"unigram entropy of the validation bytes {entropy:.4f} nats;"
+        f" validation loss / entropy = {loss / entropy:.1%}",
+        highlight=False,
+    )
+    if planned.run.sample.sample_bytes:
+        text, cache = sample(planned, state.params)
+        console.print(f"sample (cache {cache}):", highlight=False, markup=False)
+        console.print(text.decode("utf-8", "replace"), highlight=False, markup=False)
+
+
+def resume_command(argv: list[str], checkpoints: Checkpoints | None) -> str:
+    """The command that continues the run that `argv` started."""
+    words = ["python", "train.py", *argv]
+    if "--checkpoint-dir" not in " ".join(argv) and checkpoints is not None:
+        words += ["--checkpoint-dir", str(checkpoints.folder)]
+    return shlex.join([*words, "--resume", "must"])  # the last --resume wins
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
