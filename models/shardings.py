@@ -2,12 +2,6 @@
 
 These tables are all that changes between one kind of parallelism and another: the model, the
 loss and the training step stay as they are. A name without a row is not sharded.
-
-  vocab, embed, kv_heads, mlp, norm   dims of parameters
-  batch                               of every activation and of the input
-  residual_sequence, residual_embed   of the residual stream, between the sub-layers
-  sequence, activation_embed          inside a sub-layer
-  activation_vocab                    of the logits
 """
 
 from __future__ import annotations
@@ -18,6 +12,7 @@ from math import gcd, prod
 from models.transformer import TransformerConfig
 
 __all__ = [
+    "DIMS",
     "PARALLELISMS",
     "Rules",
     "components",
@@ -29,6 +24,20 @@ __all__ = [
 ]
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+
+# Every name in models/transformer.py.
+DIMS = (
+    # of every activation, and of the input
+    "batch",
+    # of parameters
+    *("layers", "vocab", "embed", "norm", "kv_heads", "head_groups", "head_dim", "mlp"),
+    # of the residual stream, between the sub-layers
+    *("residual_sequence", "residual_embed"),
+    # inside a sub-layer
+    *("sequence", "activation_embed"),
+    # of the logits, and of the cache
+    *("activation_vocab", "cache_sequence"),
+)
 
 _BATCH: Rules = (("batch", ("data", "fsdp")),)
 
@@ -77,7 +86,7 @@ def components(parallelism: str) -> tuple[str, ...]:
 
 
 def rules_for(parallelism: str, mesh_axes: Iterable[str]) -> Rules:
-    """Axis rules for `spmd.jit`: the tables of `parallelism`, without the axes the mesh lacks.
+    """Axis rules for `spmd.jit`: each dim with the axes of `parallelism` that the mesh has.
 
     Raises:
       KeyError: a component of `parallelism` has no table.
@@ -89,7 +98,7 @@ def rules_for(parallelism: str, mesh_axes: Iterable[str]) -> Rules:
         kept = tuple(axis for axis in wanted if axis in present)
         if kept and name not in rules:
             rules[name] = kept[0] if len(kept) == 1 else kept
-    return tuple(rules.items())
+    return tuple((name, rules.get(name)) for name in DIMS)
 
 
 def required_axes(parallelism: str) -> tuple[tuple[str, ...], ...]:

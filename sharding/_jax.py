@@ -1,5 +1,6 @@
 """The one file that touches `jax._src`, and the one place for switches between JAX versions."""
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -35,6 +36,12 @@ all_gather_invariant_p = _parallel.all_gather_invariant_p
 psum_invariant_p = _parallel.psum_invariant_p
 reduce_scatter_p = _parallel.reduce_scatter_p
 
+
+# Source lines are those of the user, not of this project.
+for _package in ("sharding", "spmd"):
+    source_info_util.register_exclusion(
+        os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), _package, "")
+    )
 
 register_lowering = mlir.register_lowering
 lower_fun = mlir.lower_fun

@@ -4,7 +4,7 @@ A spec is kept as written (names, UNCONSTRAINED, priorities) until `resolve` mee
 and the mesh; so one annotated model serves every mesh.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -34,9 +34,15 @@ class DimSpec:
 
 @dataclass(frozen=True)
 class Spec:
-    """A whole annotation, as written: one `DimSpec` per dim given; further dims are unsharded."""
+    """A whole annotation, as written: one `DimSpec` per dim given; further dims are unsharded.
+
+    Attributes:
+      dims: entries.
+      lenient: names without an axis rule mean "unsharded", as flax reads its own metadata.
+    """
 
     dims: tuple[DimSpec, ...]
+    lenient: bool = False
 
     def __str__(self) -> str:
         return "P(" + ", ".join(map(_dim_text, self.dims)) + ")"
@@ -128,34 +134,43 @@ def resolve(
 ) -> tuple[Sharding, list[Problem]]:
     """The `Sharding` that a spec means on a mesh, with every problem it has.
 
-    A logical name takes the first rule of its name whose axes no other dim of the value uses yet
-    (the semantics of flax's logical axis rules); a name that only has rules which clash is left
-    unsharded. Mesh axes are taken as they are.
+    Rules are tried in their order: one gives its axes to a dim of its name when no other dim of
+    the value has them yet (the semantics of flax's logical axis rules); a name whose rules all
+    clash is left unsharded. Mesh axes are taken as they are.
     """
     problems: list[Problem] = []
     logical = {name for name, _ in rules}
-    taken: set[str] = {
-        n for d in spec.dims for n in d.names if n in mesh.names and n not in logical
-    }
-    axes: list[tuple[str, ...]] = [()] * len(spec.dims)
-    seen: set[str] = set()
-    for i, dim in enumerate(spec.dims):
-        found: list[str] = []
-        for name in dim.names:
-            if name in logical:
-                found += _by_rule(name, rules, taken, mesh, problems, what)
-            elif name in mesh.names:
-                if name in seen:
-                    problems.append(_twice(name, spec, what))
-                seen.add(name)
-                found.append(name)
-            else:
-                problems.append(unknown_axis(name, mesh, what))
-        axes[i] = tuple(dict.fromkeys(found))
+    # (dim, place in the dim) -> mesh axes
+    found: dict[tuple[int, int], tuple[str, ...]] = {}
+    slots = [(d, i, n) for d, dim in enumerate(spec.dims) for i, n in enumerate(dim.names)]
+    for d, i, name in slots:
+        if name in logical:
+            continue
+        if name not in mesh.names and spec.lenient:
+            found[d, i] = ()
+            continue
+        if name not in mesh.names:
+            problems.append(unknown_axis(name, mesh, what))
+        elif any((name,) == axes for axes in found.values()):
+            problems.append(_twice(name, spec, what))
+        found[d, i] = (name,)
+    taken = {a for axes in found.values() for a in axes}
+    for rule_name, axes in rules:
+        for d, i, name in slots:
+            if name == rule_name and (d, i) not in found and taken.isdisjoint(axes):
+                unknown = [a for a in axes if a not in mesh.names]
+                where = f"{what}, by the rule for {name!r},"
+                problems += [unknown_axis(a, mesh, where) for a in unknown]
+                found[d, i] = axes
+                taken.update(axes)
+    axes_of = [
+        tuple(a for i in range(len(dim.names)) for a in found.get((d, i), ()))
+        for d, dim in enumerate(spec.dims)
+    ]
     if problems:
         return Sharding.open(rank), problems
     dims = [
-        DimSharding(a, d.open, d.priority) for a, d in zip(axes, spec.dims, strict=True)
+        DimSharding(a, d.open, d.priority) for a, d in zip(axes_of, spec.dims, strict=True)
     ]
     dims += [DimSharding()] * (rank - len(dims))
     return Sharding(tuple(dims)), []
@@ -193,7 +208,7 @@ def metadata_spec(leaf: Any) -> Spec | None:
     names = getattr(leaf, "names", None)
     if names is None or not hasattr(leaf, "get_partition_spec"):
         return None
-    return parse_spec(tuple(names))
+    return Spec(parse_spec(tuple(names)).dims, lenient=True)
 
 
 def check_rank(spec: Spec, rank: int, what: str, shape: tuple[int, ...]) -> None:
@@ -254,24 +269,6 @@ def _constrain(x: Any, spec: Spec, mesh: Any, rules: AxisRules) -> Any:
         raise SpecError(*problems)
     entries = [P.UNCONSTRAINED if d.open and not d.axes else d.axes or None for d in sharding.dims]
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*entries)))
-
-
-def _by_rule(
-    name: str, rules: AxisRules, taken: set[str], mesh: MeshShape, problems: list[Problem],
-    what: str,
-) -> Iterable[str]:  # fmt: skip
-    for rule_name, axes in rules:
-        if rule_name != name:
-            continue
-        unknown = [a for a in axes if a not in mesh.names]
-        if unknown:
-            problems.extend(unknown_axis(a, mesh, f"{what}, by the rule for {name!r},")
-                            for a in unknown)
-            return ()
-        if not taken.intersection(axes):
-            taken.update(axes)
-            return axes
-    return ()
 
 
 def _is_whole_spec(entry: Any) -> bool:

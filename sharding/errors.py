@@ -64,6 +64,19 @@ def _render(problems: Sequence[Problem]) -> str:
     )
 
 
+def merged(problems: Sequence[Problem]) -> list[Problem]:
+    """Problems of one cause as one: the first is told in full, with the number of the others."""
+    groups: dict[tuple[str, str], list[Problem]] = {}
+    for problem in problems:
+        groups.setdefault((problem.why, problem.fix), []).append(problem)
+    return [
+        group[0]._replace(what=f"{group[0].what} (and {len(group) - 1} more like it)")
+        if len(group) > 1
+        else group[0]
+        for group in groups.values()
+    ]
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the closest known name, or the empty string."""
     close = get_close_matches(name, list(known), n=1, cutoff=0.6)

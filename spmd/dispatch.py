@@ -187,8 +187,8 @@ class Function:
         arguments = self._arguments(args, kwargs)
         key = arguments.key
         entry = self._entries.get(key)
+        _check_devices(self._options.mesh, arguments)
         if entry is None:
-            _check_devices(self._options.mesh)
             entry = self._entries[key] = _Entry(self._partition(arguments))
         elif error is not None and self._fast is entry.function:
             raise error
@@ -292,10 +292,10 @@ def _on_mesh(x: Any, mesh: Any) -> Any:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, free))
 
 
-def _check_devices(mesh: Any) -> None:
-    """Raises MeshError when a program cannot run on the mesh."""
+def _check_devices(mesh: Any, arguments: Arguments) -> None:
+    """Raises MeshError when the program cannot run on the mesh, or with these arguments."""
+    shape = MeshShape.of(mesh)
     if isinstance(mesh, AbstractMesh):
-        shape = MeshShape.of(mesh)
         raise MeshError(
             Problem(
                 f"the mesh {shape} is abstract",
@@ -303,6 +303,28 @@ def _check_devices(mesh: Any) -> None:
                 "pass a jax.sharding.Mesh to run; use .trace(...).propagate().partition() to plan",
             )
         )
+    devices = set(mesh.devices.flat)
+    problems = []
+    for leaf, name in zip(arguments.leaves, arguments.names, strict=True):
+        placed = _jax.committed_sharding(leaf)
+        if placed is not None and placed.device_set != devices:
+            problems.append(
+                Problem(
+                    f"{name} lies on {_device_text(placed.device_set)}, committed",
+                    f"the mesh {shape} has the {_device_text(devices)}",
+                    f"put {name} on the mesh with jax.device_put({name}, NamedSharding(mesh, "
+                    "P(...))), or make the mesh from the devices of the arguments",
+                )
+            )
+    if problems:
+        raise MeshError(*problems)
+
+
+def _device_text(devices: Any) -> str:
+    """`device 5`, `devices 0, 1`, `devices 0, 1 and 62 more`."""
+    ids = sorted(d.id for d in devices)
+    shown = ", ".join(map(str, ids[:8])) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+    return f"device{'s' if len(ids) > 1 else ''} {shown}"
 
 
 __all__ = ["Function", "jit", "rebuild", "spmd_call_p"]

@@ -15,7 +15,14 @@ from jax.sharding import AbstractMesh, NamedSharding
 import sharding.propagation
 from sharding import _jax
 from sharding.annotate import AxisRules, Spec, rank_problem, resolve, spec_of
-from sharding.errors import ArgumentError, MeshError, Problem, ShardingWarning, SpecError
+from sharding.errors import (
+    ArgumentError,
+    MeshError,
+    Problem,
+    ShardingWarning,
+    SpecError,
+    merged,
+)
 from sharding.mesh import MeshShape
 from sharding.program import Program, Value, build, render
 from sharding.spec import Layout, Sharding
@@ -382,11 +389,11 @@ def trace(fun: Callable, arguments: Arguments, options: Options) -> Traced:
         problems += error.problems
         inner = []
     if problems:
-        raise SpecError(*problems)
+        raise SpecError(*merged(problems))
     # An annotation inside that is also a result keeps the one given inside; the boundary reshards.
     inside = {v.id for v, _ in inner}
-    merged = [*inner, *((v, s) for v, s in annotations if v.id not in inside)]
-    return Traced(program, arguments, tuple(merged), out_tree[-1], tuple(out_specs), options)
+    every = [*inner, *((v, s) for v, s in annotations if v.id not in inside)]
+    return Traced(program, arguments, tuple(every), out_tree[-1], tuple(out_specs), options)
 
 
 def donated(traced: Traced) -> list[bool]:

@@ -29,6 +29,17 @@ __all__ = ["AXES", "resolve_mesh", "validate"]
 AXES = ("data", "fsdp", "tensor", "sequence", "expert", "stage")
 _SEED_END = 2**32
 
+# The option that sets the size of a dim; dims that are always sharded alike have one entry.
+_DIM_FLAGS = {
+    "batch": "--batch",
+    "residual_sequence": "--sequence",
+    "residual_embed": "--embed-dim",
+    "embed": "--embed-dim",
+    "kv_heads": "--num-kv-heads",
+    "mlp": "--mlp-dim",
+    "vocab": "the number of byte values,",
+}
+
 # key -> (test, what the value must be)
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     **{
@@ -159,19 +170,18 @@ def _divisible(run: RunConfig, mesh: Mapping[str, int]) -> list[Problem]:
     """Every dim must divide evenly: JAX has no uneven arrays at the boundary of a program."""
     problems = []
     sizes = dim_sizes(run.model, run.train.batch, run.data.sequence)
-    flags = {"residual_sequence": "sequence", "norm": "embed_dim", "embed": "embed_dim"}
-    flags |= {"mlp": "mlp_dim", "kv_heads": "num_kv_heads", "batch": "batch"}
     for name, axes in rules_for(run.mesh.parallelism, mesh):
-        parts, size = shards(axes, mesh), sizes[name]
-        if name not in flags or size % parts == 0 or (name == "norm" and len(problems)):
+        parts = shards(axes, mesh)
+        if name not in _DIM_FLAGS or sizes[name] % parts == 0:
             continue
+        size, flag = sizes[name], _DIM_FLAGS[name]
         axis_names = (axes,) if isinstance(axes, str) else axes or ()
         product = " x ".join(f"{axis}={mesh[axis]}" for axis in axis_names)
-        flag = f"--{flags[name].replace('_', '-')}"
         why = f"it is split over {product}, {parts} ways, and {size} = "
         why += f"{size // parts} x {parts} + {size % parts}"
-        near = [n for n in (size // parts * parts, (size // parts + 1) * parts) if n]
-        fix = f"use {flag} {' or '.join(map(str, near))}, or another --mesh"
+        near = [str(n) for n in (size // parts * parts, (size // parts + 1) * parts) if n]
+        fix = f"use {flag} {' or '.join(near)}, or another --mesh"
+        fix = fix if flag.startswith("--") else f"use a --mesh whose sizes divide {size}"
         problems.append(Problem(f"{flag} {size}", why, fix))
     return problems
 
@@ -184,7 +194,8 @@ def _ranges(run: RunConfig) -> tuple[list[Problem], RunConfig]:
         for key, (test, needed) in _RANGES.items():
             if hasattr(part, key) and not test(getattr(part, key)):
                 flag, usual = f"--{key.replace('_', '-')}", getattr(default, key)
-                what = f"{flag} {getattr(part, key)}"
+                value = getattr(part, key)
+                what = f"{flag} {f'{value:g}' if isinstance(value, float) else value}"
                 problems.append(
                     Problem(what, f"it must be {needed}", f"for instance {flag} {usual}")
                 )

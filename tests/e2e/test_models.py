@@ -12,7 +12,7 @@ import pytest
 
 import models.transformer
 from models.loss import cross_entropy
-from models.shardings import PARALLELISMS, default_mesh, dim_sizes, rules_for, shards
+from models.shardings import DIMS, PARALLELISMS, default_mesh, dim_sizes, rules_for, shards
 from models.transformer import Transformer, TransformerConfig, init_cache, rotate
 from training.validate import AXES
 
@@ -188,16 +188,22 @@ def test_the_default_mesh_uses_all_devices_and_divides_every_dim(parallelism, de
     assert np.prod(list(mesh.values())) == devices
     sizes = dim_sizes(config, 16, 128)
     for dim, axes in rules_for(parallelism, mesh):
-        assert sizes[dim] % shards(axes, mesh) == 0, dim
+        assert sizes.get(dim, 1) % shards(axes, mesh) == 0, dim
 
 
 def test_rules_leave_out_the_axes_that_a_mesh_lacks():
-    assert dict(rules_for("fsdp+tensor", ["fsdp"])) == {
-        "batch": "fsdp",
-        "embed": "fsdp",
-        "norm": "fsdp",
-    }
-    assert dict(rules_for("data", ["data", "fsdp"])) == {"batch": ("data", "fsdp")}
+    def sharded(parallelism, axes):
+        return {dim: axis for dim, axis in rules_for(parallelism, axes) if axis}
+
+    expected = {"batch": "fsdp", "embed": "fsdp", "norm": "fsdp"}
+    assert sharded("fsdp+tensor", ["fsdp"]) == expected
+    assert sharded("data", ["data", "fsdp"]) == {"batch": ("data", "fsdp")}
+
+
+def test_every_dim_name_of_the_model_has_a_rule():
+    shapes = jax.eval_shape(Transformer(TINY).init, jax.random.key(0), tokens())
+    specs = jax.tree.leaves(nn.get_partition_spec(shapes), is_leaf=lambda leaf: leaf is not None)
+    assert {name for spec in specs for name in spec if name} <= set(DIMS)
 
 
 def test_no_mesh_axis_is_named_in_the_model():
