@@ -104,27 +104,17 @@ class Transformer(nn.Module):
           that they fit).
         """
         cfg = self.config
-        embedding_VD = self.param(
-            "embedding",
-            nn.with_logical_partitioning(_normal(cfg.embed_dim), ("vocab", "embed")),
-            (cfg.vocab_size, cfg.embed_dim),
-        )
-        x_BSD = embedding_VD.astype(cfg.dtype)[tokens_BS] * jnp.asarray(
-            cfg.embed_dim**0.5, cfg.dtype
-        )
+        table = {"vocab": cfg.vocab_size, "embed": cfg.embed_dim}
+        embedding_VD = _weights(self, "embedding", cfg.embed_dim, **table)
+        x_BSD = embedding_VD[tokens_BS] * jnp.asarray(cfg.embed_dim**0.5, cfg.dtype)
         x_BSD = shard(x_BSD, "batch", "residual_sequence", "residual_embed")
         start = jnp.zeros((), jnp.int32) if cache is None else cache.position
         x_BSD, cache = self._layers(x_BSD, start, cache, train)
         x_BSD = RMSNorm(cfg, name="final_norm")(x_BSD)
-        if cfg.tied_embeddings:
-            output_VD = embedding_VD
-        else:
-            output_VD = self.param(
-                "output",
-                nn.with_logical_partitioning(_normal(cfg.embed_dim), ("vocab", "embed")),
-                (cfg.vocab_size, cfg.embed_dim),
-            )
-        logits_BSV = jnp.einsum("bsd,vd->bsv", x_BSD, output_VD.astype(cfg.dtype))
+        output_VD = embedding_VD
+        if not cfg.tied_embeddings:
+            output_VD = _weights(self, "output", cfg.embed_dim, **table)
+        logits_BSV = jnp.einsum("bsd,vd->bsv", x_BSD, output_VD)
         logits_BSV = shard(logits_BSV, "batch", "sequence", "activation_vocab")
         return logits_BSV.astype(jnp.float32), cache
 
@@ -139,7 +129,7 @@ class Transformer(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, 0),
+                in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
                 length=cfg.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
@@ -192,7 +182,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         """Same shape and dtype as `x_BSD`."""
-        scale_D = self.param(
+        scale_D: Any = self.param(
             "scale",
             nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
             (x_BSD.shape[-1],),
@@ -217,24 +207,22 @@ class Attention(nn.Module):
           The output, shaped like `x_BSD`, and `cache` with the S new keys and values written.
         """
         cfg = self.config
-        num_groups = cfg.num_heads // cfg.num_kv_heads
-        kv_shape = (cfg.embed_dim, cfg.num_kv_heads, cfg.head_dim)
-        kv_names = ("embed", "kv_heads", "head_dim")
+        heads = {"kv_heads": cfg.num_kv_heads, "head_dim": cfg.head_dim}
         # The groups are a dim of their own: no reshape stands between the heads and a mesh axis.
-        q_DKGE = self.param(
-            "query",
-            nn.with_logical_partitioning(
-                _normal(cfg.embed_dim), ("embed", "kv_heads", "head_groups", "head_dim")
-            ),
-            (cfg.embed_dim, cfg.num_kv_heads, num_groups, cfg.head_dim),
-        )
-        init = nn.with_logical_partitioning(_normal(cfg.embed_dim), kv_names)
-        k_DKE = self.param("key", init, kv_shape)
-        v_DKE = self.param("value", init, kv_shape)
+        grouped = {
+            "kv_heads": cfg.num_kv_heads,
+            "head_groups": cfg.num_heads // cfg.num_kv_heads,
+            "head_dim": cfg.head_dim,
+        }
+        q_DKGE = _weights(self, "query", cfg.embed_dim, embed=cfg.embed_dim, **grouped)
+        k_DKE = _weights(self, "key", cfg.embed_dim, embed=cfg.embed_dim, **heads)
+        v_DKE = _weights(self, "value", cfg.embed_dim, embed=cfg.embed_dim, **heads)
+        fan_in = cfg.num_heads * cfg.head_dim * 2 * cfg.num_layers
+        o_KGED = _weights(self, "output", fan_in, **grouped, embed=cfg.embed_dim)
         positions_S = start + jnp.arange(x_BSD.shape[1], dtype=jnp.int32)
-        q_BSKGE = jnp.einsum("bsd,dkge->bskge", x_BSD, q_DKGE.astype(cfg.dtype))
-        k_BSKE = jnp.einsum("bsd,dke->bske", x_BSD, k_DKE.astype(cfg.dtype))
-        v_BSKE = jnp.einsum("bsd,dke->bske", x_BSD, v_DKE.astype(cfg.dtype))
+        q_BSKGE = jnp.einsum("bsd,dkge->bskge", x_BSD, q_DKGE)
+        k_BSKE = jnp.einsum("bsd,dke->bske", x_BSD, k_DKE)
+        v_BSKE = jnp.einsum("bsd,dke->bske", x_BSD, v_DKE)
         q_BSKGE = shard(q_BSKGE, "batch", "sequence", "kv_heads", "head_groups", "head_dim")
         q_BSKGE = rotate(q_BSKGE, positions_S, cfg.rope_base)
         k_BSKE = rotate(k_BSKE, positions_S, cfg.rope_base)
@@ -246,15 +234,7 @@ class Attention(nn.Module):
         k_BTKE, v_BTKE = (k_BSKE, v_BSKE) if cache is None else cache
         positions_T = positions_S if cache is None else jnp.arange(k_BTKE.shape[1])
         out_BSKGE = attend(q_BSKGE, k_BTKE, v_BTKE, positions_S[:, None] >= positions_T)
-        o_KGED = self.param(
-            "output",
-            nn.with_logical_partitioning(
-                _normal(cfg.num_heads * cfg.head_dim * 2 * cfg.num_layers),
-                ("kv_heads", "head_groups", "head_dim", "embed"),
-            ),
-            (cfg.num_kv_heads, num_groups, cfg.head_dim, cfg.embed_dim),
-        )
-        return jnp.einsum("bskge,kged->bsd", out_BSKGE, o_KGED.astype(cfg.dtype)), cache
+        return jnp.einsum("bskge,kged->bsd", out_BSKGE, o_KGED), cache
 
 
 class SwiGLU(nn.Module):
@@ -266,20 +246,15 @@ class SwiGLU(nn.Module):
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         """Same shape and dtype as `x_BSD`."""
         cfg = self.config
-        init = nn.with_logical_partitioning(_normal(cfg.embed_dim), ("embed", "mlp"))
-        gate_DF = self.param("gate", init, (cfg.embed_dim, cfg.mlp_dim))
-        up_DF = self.param("up", init, (cfg.embed_dim, cfg.mlp_dim))
-        down_FD = self.param(
-            "down",
-            nn.with_logical_partitioning(
-                _normal(cfg.mlp_dim * 2 * cfg.num_layers), ("mlp", "embed")
-            ),
-            (cfg.mlp_dim, cfg.embed_dim),
-        )
-        gate_BSF = jnp.einsum("bsd,df->bsf", x_BSD, gate_DF.astype(cfg.dtype))
-        up_BSF = jnp.einsum("bsd,df->bsf", x_BSD, up_DF.astype(cfg.dtype))
+        hidden = {"embed": cfg.embed_dim, "mlp": cfg.mlp_dim}
+        gate_DF = _weights(self, "gate", cfg.embed_dim, **hidden)
+        up_DF = _weights(self, "up", cfg.embed_dim, **hidden)
+        fan_in = cfg.mlp_dim * 2 * cfg.num_layers
+        down_FD = _weights(self, "down", fan_in, mlp=cfg.mlp_dim, embed=cfg.embed_dim)
+        gate_BSF = jnp.einsum("bsd,df->bsf", x_BSD, gate_DF)
+        up_BSF = jnp.einsum("bsd,df->bsf", x_BSD, up_DF)
         hidden_BSF = shard(nn.silu(gate_BSF) * up_BSF, "batch", "sequence", "mlp")
-        return jnp.einsum("bsf,fd->bsd", hidden_BSF, down_FD.astype(cfg.dtype))
+        return jnp.einsum("bsf,fd->bsd", hidden_BSF, down_FD)
 
 
 def rotate(x_BSHE: jax.Array, positions_S: jax.Array, base: float) -> jax.Array:
@@ -317,8 +292,15 @@ def attend(
     return jnp.einsum("bkgst,btke->bskge", weights_BKGST, v_BTKE)
 
 
-def _normal(fan_in: int) -> Any:
-    return nn.initializers.normal(fan_in**-0.5)
+def _weights(module: Any, name: str, fan_in: int, **dims: int) -> jax.Array:
+    """A float32 parameter with these named dims, in the compute dtype.
+
+    It starts normally distributed with the variance 1 / `fan_in`. What is added to the residual
+    stream counts all additions in `fan_in`, so that their sum does not grow with the depth.
+    """
+    init = nn.initializers.normal(fan_in**-0.5)
+    boxed = nn.with_logical_partitioning(init, tuple(dims))
+    return module.param(name, boxed, tuple(dims.values())).astype(module.config.dtype)
 
 
 def _rematerialised(config: TransformerConfig) -> Any:

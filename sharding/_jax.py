@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax._src import ad_checkpoint, api_util, core, source_info_util, state
 from jax._src import pjit as _pjit
+from jax._src import random as _random
 from jax._src.core import Literal as Literal
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.interpreters import partial_eval as pe
@@ -29,8 +30,9 @@ optimization_barrier_p = _lax.optimization_barrier_p
 scatter_sub_p = _slicing.scatter_sub_p
 random_wrap_p = _prng.random_wrap_p
 random_unwrap_p = _prng.random_unwrap_p
-random_clone_p = jax._src.random.random_clone_p
+random_clone_p = _random.random_clone_p
 sharding_constraint_p = _pjit.sharding_constraint_p
+reshard_p = _pjit.reshard_p
 # Collectives by the names that shard_map gives them.
 all_gather_invariant_p = _parallel.all_gather_invariant_p
 psum_invariant_p = _parallel.psum_invariant_p
@@ -196,7 +198,7 @@ def register_batcher(prim: Any, insert: Callable[[dict, int, Any], dict]) -> Non
 
     def batch(axis_data: Any, args: Any, dims: Any, **params: Any) -> Any:
         (x,), (d,) = args, dims
-        if d is None or d is batching.not_mapped:
+        if d is None:
             return prim.bind(x, **params), d
         return prim.bind(x, **insert(params, d, axis_data.spmd_name)), d
 
@@ -216,7 +218,15 @@ def outside_of_tracing() -> bool:
 def infer_argnums(fun: Callable, argnums: Any, argnames: Any) -> tuple[tuple, tuple]:
     """argnums and argnames completed from each other by the function's signature."""
     signature = api_util.fun_signature(fun)
+    if signature is None:  # a builtin: positions and names stay what they are
+        return _as_tuple(argnums), _as_tuple(argnames)
     return api_util.infer_argnums_and_argnames(signature, argnums, argnames)
+
+
+def _as_tuple(x: Any) -> tuple:
+    if x is None:
+        return ()
+    return (x,) if isinstance(x, (int, str)) else tuple(x)
 
 
 def committed_sharding(x: Any) -> Any:

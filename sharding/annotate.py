@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sharding import _jax
 from sharding.errors import Problem, SpecError
 from sharding.mesh import MeshShape
-from sharding.rule import OpInfo, Rule, pointwise_rule, register
+from sharding.rule import OpInfo, Rule, identity_rule, register
 from sharding.spec import DimSharding, Sharding, unknown_axis
 
 P = PartitionSpec
@@ -248,7 +248,7 @@ _jax.register_batcher(shard_p, _insert_dim)
 @register(shard_p)
 def _shard_rule(op: OpInfo) -> Rule:
     shape = op.in_avals[0].shape
-    return pointwise_rule([shape], [shape], annotation=op.params["spec"])
+    return identity_rule(shape, op.params["spec"])
 
 
 @register(_jax.sharding_constraint_p)
@@ -259,7 +259,16 @@ def _constraint_rule(op: OpInfo) -> Rule:
     spec = spec_of(sharding, len(shape)) or Spec(())
     dims = list(spec.dims) + [DimSpec()] * (len(shape) - len(spec.dims))
     dims = [DimSpec(open=True) if i in unconstrained else d for i, d in enumerate(dims)]
-    return pointwise_rule([shape], [shape], annotation=Spec(tuple(dims)))
+    return identity_rule(shape, Spec(tuple(dims)))
+
+
+@register(_jax.reshard_p)
+def _reshard_rule(op: OpInfo) -> Rule:
+    """`jax.sharding.reshard`, which JAX also inserts on its own between meshes of Auto axes."""
+    shape = op.in_avals[0].shape
+    spec = spec_of(op.params["dst_sharding"], len(shape)) or Spec(())
+    sharded = any(dim.names for dim in spec.dims)
+    return identity_rule(shape, spec if sharded else None)
 
 
 def _constrain(x: Any, spec: Spec, mesh: Any, rules: AxisRules) -> Any:

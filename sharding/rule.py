@@ -104,6 +104,7 @@ class Rule:
       resize: shape-bearing parameter -> index of the result whose local shape replaces it.
       local: what plain re-binding at local shapes cannot do.
       local_when: factors whose sharding calls for `local`; None: any of them.
+      identity: the operand is the result: nothing is bound.
       masked: whether re-binding needs the padding of uneven REDUCE factors masked (default).
       early: pointwise, reshape, transpose and data-flow edges, which propagate first.
       expands: the result is a larger copy of the operand: operands hear of results early, results
@@ -119,6 +120,7 @@ class Rule:
     resize: tuple[tuple[str, int], ...] = ()
     local: Callable[..., Sequence[Any]] | None = None
     local_when: frozenset[str] | None = None
+    identity: bool = False
     masked: bool = True
     early: bool = False
     expands: bool = False
@@ -261,10 +263,17 @@ def pointwise_rule(
     in_shapes: Sequence[tuple[int, ...]],
     out_shapes: Sequence[tuple[int, ...]],
     linear: tuple[tuple[int, ...], ...] = (),
-    annotation: Any = None,
 ) -> Rule:
     """One factor per dim of the results; size-1 and scalar operands broadcast without a factor."""
-    return _pointwise_rule(tuple(in_shapes), tuple(out_shapes), linear, annotation)
+    return _pointwise_rule(tuple(in_shapes), tuple(out_shapes), linear)
+
+
+@lru_cache(maxsize=8192)
+def identity_rule(shape: tuple[int, ...], annotation: Any = None) -> Rule:
+    """The result is the operand, on which the user's `annotation` may say where it lies."""
+    same = pointwise_rule([shape], [shape])
+    return Rule(same.operands, same.results, same.factors, identity=True, early=True,
+                annotation=annotation)
 
 
 @lru_cache(maxsize=8192)
@@ -272,7 +281,6 @@ def _pointwise_rule(
     in_shapes: tuple[tuple[int, ...], ...],
     out_shapes: tuple[tuple[int, ...], ...],
     linear: tuple[tuple[int, ...], ...],
-    annotation: Any,
 ) -> Rule:
     shape = max(out_shapes, key=len) if out_shapes else max(in_shapes, key=len)
     dims = names("d", len(shape))
@@ -287,7 +295,7 @@ def _pointwise_rule(
     factors = {d: Factor(n) for d, n in zip(dims, shape, strict=True) if n != 1}
     return Rule(
         tuple(map(of, in_shapes)), tuple(map(of, out_shapes)), factors,
-        linear=linear, early=True, annotation=annotation,
+        linear=linear, early=True,
     )  # fmt: skip
 
 

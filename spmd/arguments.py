@@ -10,7 +10,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sharding import _jax
-from sharding.annotate import Spec, metadata_spec, spec_of
+from sharding.annotate import DimSpec, Spec, metadata_spec, spec_of
 from sharding.errors import ArgumentError, Problem
 
 
@@ -39,8 +39,8 @@ class Arguments:
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
-        """What a compiled program depends on."""
-        return self.avals, self.tree, self.specs, self.static
+        """What a traced program depends on; `specs` besides, for its partitioning."""
+        return self.avals, self.tree, self.static
 
 
 def flatten(
@@ -132,10 +132,11 @@ def output_names(tree: Any) -> list[str]:
 
 
 def _name(path: Sequence[Any], names: Sequence[str]) -> str:
-    which, first, *rest = path
+    which, first = path[0], path[1]
+    rest = path[2:]
     if which.idx == 0:
         return names[first.idx] + jax.tree_util.keystr(tuple(rest))
-    return first.key + jax.tree_util.keystr(tuple(rest))
+    return str(first.key) + jax.tree_util.keystr(tuple(rest))
 
 
 def _is_entry(x: Any) -> bool:
@@ -145,8 +146,18 @@ def _is_entry(x: Any) -> bool:
 def _committed_spec(leaf: Any, mesh_names: Sequence[str]) -> Spec | None:
     sharding = _jax.committed_sharding(leaf)
     if isinstance(sharding, NamedSharding) and tuple(sharding.mesh.axis_names) == tuple(mesh_names):
-        return spec_of(sharding, len(leaf.shape))
+        return trimmed(spec_of(sharding, len(leaf.shape)))
     return None
+
+
+def trimmed(spec: Spec | None) -> Spec | None:
+    """Without unsharded dims at the end, so that specs that mean the same are equal."""
+    if spec is None:
+        return None
+    dims = list(spec.dims)
+    while dims and dims[-1] == DimSpec():
+        dims.pop()
+    return Spec(tuple(dims))
 
 
 def _metadata(tree: Any) -> list[Spec | None]:

@@ -1,7 +1,7 @@
 """Counts the collectives of a per-device program: kinds, mesh axes, bytes, source lines.
 
 Read from the per-device jaxpr itself, so that what a rule's `local` function emits is counted like
-what a reshard emits. Loops count as often as they run; of the branches of a cond the dearest counts.
+what a reshard emits. Loops count as often as they run; of a cond the dearest branch counts.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,7 @@
 """`spmd.jit`: the drop-in for `jax.jit`, its caches and its fast path.
 
-A call outside of any transformation goes straight into a `jax.jit`-ed function made for the last
-signature, so that the C++ dispatch of JAX decides; only a miss comes back to Python. Inside of a
+A call outside of any transformation goes straight into the executable of the last signature, so
+that the C++ dispatch of JAX decides; only a mismatch comes back to Python. Inside of a
 transformation (grad, vmap, jit, scan ...) the call binds a primitive that holds the *global*
 program: the transformation acts on that, and partitioning happens when it is lowered.
 """
@@ -14,14 +14,16 @@ import jax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from sharding import _jax
-from sharding.annotate import normalise_rules, shard_p
+from sharding.annotate import DimSpec, Spec, normalise_rules, shard_p, spec_of
 from sharding.errors import ArgumentError, MeshError, Problem
 from sharding.mesh import MeshShape
 from sharding.program import build
+from sharding.propagation import annotations_in, propagate
 from sharding.rule import register_inline
 from spmd import stages
-from spmd.arguments import Arguments, flatten, rebuild
-from spmd.stages import Options, Partitioned
+from spmd.arguments import Arguments, flatten, trimmed
+from spmd.options import Options
+from spmd.stages import Partitioned
 
 
 def jit(
@@ -71,6 +73,17 @@ def jit(
             static_argnames=static_argnames, keep_unused=keep_unused, fallback=fallback,
             compiler_options=compiler_options,
         )  # fmt: skip
+    _check_options(fun, fallback)
+    static = _jax.infer_argnums(fun, static_argnums, static_argnames)
+    donate = _jax.infer_argnums(fun, donate_argnums, donate_argnames)
+    options = Options(
+        checked_mesh(mesh), normalise_rules(axis_rules), in_shardings, out_shardings,
+        donate[0], donate[1], static[0], static[1], keep_unused, fallback, compiler_options,
+    )  # fmt: skip
+    return Function(fun, options)
+
+
+def _check_options(fun: Any, fallback: str) -> None:
     if not callable(fun):
         raise ArgumentError(
             Problem(
@@ -87,13 +100,6 @@ def jit(
                 'use fallback="error" or fallback="replicate"',
             )
         )
-    static = _jax.infer_argnums(fun, static_argnums, static_argnames)
-    donate = _jax.infer_argnums(fun, donate_argnums, donate_argnames)
-    options = Options(
-        checked_mesh(mesh), normalise_rules(axis_rules), in_shardings, out_shardings,
-        donate[0], donate[1], static[0], static[1], keep_unused, fallback, compiler_options,
-    )  # fmt: skip
-    return Function(fun, options)
 
 
 def checked_mesh(mesh: Any) -> Any:
@@ -123,24 +129,21 @@ class Function:
 
     def __init__(self, fun: Callable, options: Options):
         self._fun, self._options = fun, options
-        self._entries: dict[Any, _Entry] = {}
+        self._entries: dict[Any, list[_Entry]] = {}
         self._fast: Callable | None = None
         functools.update_wrapper(self, fun)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not _jax.outside_of_tracing():
+            return self._bind(args, kwargs)
         fast = self._fast
-        if fast is not None and not kwargs and _jax.outside_of_tracing():
-            try:
-                return fast(*args)
-            except _Miss:
-                return self._dispatch(args, kwargs)
-            except ValueError as error:
-                # Committed arguments on other shardings than compiled for: another program, or
-                # the user's mistake; `_dispatch` tells.
-                return self._dispatch(args, kwargs, error)
-        if _jax.outside_of_tracing():
+        if fast is None or kwargs:
             return self._dispatch(args, kwargs)
-        return self._bind(args, kwargs)
+        try:
+            return fast(*args)
+        except (TypeError, ValueError) as error:
+            # Not what the last program was compiled for, or the user's mistake: `_dispatch` tells.
+            return self._dispatch(args, kwargs, error)
 
     def trace(self, *args: Any, **kwargs: Any) -> stages.Traced:
         """The program for arguments like these; `ShapeDtypeStruct`s will do."""
@@ -158,7 +161,7 @@ class Function:
         self._fast = None
 
     def _cache_size(self) -> int:
-        return len(self._entries)
+        return sum(map(len, self._entries.values()))
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else functools.partial(self, instance)
@@ -181,21 +184,24 @@ class Function:
         return partitioned
 
     def _dispatch(
-        self, args: Sequence[Any], kwargs: dict[str, Any], error: ValueError | None = None
+        self, args: Sequence[Any], kwargs: dict[str, Any], error: Exception | None = None
     ) -> Any:
         """The slow path: finds or makes the program for these arguments, and calls it."""
         arguments = self._arguments(args, kwargs)
-        key = arguments.key
-        entry = self._entries.get(key)
         _check_devices(self._options.mesh, arguments)
+        known = self._entries.setdefault(arguments.key, [])
+        entry = next((e for e in known if e.accepts(arguments)), None)
         if entry is None:
-            entry = self._entries[key] = _Entry(self._partition(arguments))
-        elif error is not None and self._fast is entry.function:
+            entry = _Entry(self._partition(arguments))
+            known.append(entry)
+        elif error is not None and self._fast is entry.compiled:
             raise error
-        if kwargs:
+        dynamic, keywords = jax.tree.unflatten(arguments.tree, arguments.leaves)
+        if keywords:
             return entry.call_flat(arguments)
-        self._fast = entry.function
-        return entry.call(args)
+        # Static arguments are no arguments of the executable: they take the slow path.
+        self._fast = None if arguments.static else entry.compiled
+        return entry.compiled(*dynamic)
 
     def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Inside of a transformation: the global program, as one call."""
@@ -217,43 +223,50 @@ class Function:
         return jax.tree.unflatten(traced.out_tree, results)
 
 
-class _Miss(Exception):
-    """JAX wants to trace again: the call is not the one that the function was made for."""
-
-
 class _Entry:
-    """One partitioned program, and the `jax.jit`-ed functions that call it."""
+    """One partitioned program and its executables, compiled when first called."""
 
     def __init__(self, partitioned: Partitioned):
         self.partitioned = partitioned
-        self.tracing = False
-        options = partitioned.jit_options(flat=False)
-        statics = partitioned.options.static_argnums
-        self.function = jax.jit(self._run, static_argnums=statics, **options)
-        self._flat: Callable | None = None
+        self.arguments = partitioned.propagated.traced.arguments
 
-    def call(self, args: Sequence[Any]) -> Any:
-        self.tracing = True
-        try:
-            return self.function(*args)
-        finally:
-            self.tracing = False
+    def accepts(self, arguments: Arguments) -> bool:
+        """Whether the program is the one for these arguments: they carry the same annotations,
+        or lie where the program's own inference wants them."""
+        triples = zip(arguments.specs, self.arguments.specs, self.wanted, strict=True)
+        return all(own == mine or (mine is None and own == want) for own, mine, want in triples)
+
+    @functools.cached_property
+    def wanted(self) -> tuple[Spec | None, ...]:
+        """The spec that the program wants each flat argument in."""
+        layouts = self.partitioned.plan.body.inputs
+        shardings = jax.tree.leaves((self.partitioned.in_shardings,
+                                     self.partitioned.propagated.kwarg_shardings))
+        return tuple(
+            trimmed(spec_of(s, len(x.dims))) for s, x in zip(shardings, layouts, strict=True)
+        )
+
+    @functools.cached_property
+    def compiled(self) -> Callable:
+        """For positional arguments. An executable compiled ahead of time takes arrays on the
+        wanted shardings and uncommitted ones alike; a `jax.jit` would trace again for each."""
+        tree, leaves = self.arguments.tree, self.arguments.avals
+        dynamic, _ = jax.tree.unflatten(tree, leaves)
+        options = self.partitioned.jit_options(flat=False)
+        return jax.jit(self._run, **options).lower(*dynamic).compile()
 
     def call_flat(self, arguments: Arguments) -> Any:
         """Keyword arguments have no shardings in `jax.jit`: everything is passed by position."""
-        if self._flat is None:
-            self._flat = jax.jit(self.partitioned.sharded, **self.partitioned.jit_options(True))
         results = self._flat(*arguments.leaves)
         return jax.tree.unflatten(self.partitioned.propagated.traced.out_tree, results)
 
-    def _run(self, *args: Any) -> Any:
-        if not self.tracing:
-            raise _Miss
-        traced = self.partitioned.propagated.traced
-        statics = {i for i, _ in traced.arguments.static}
-        dynamic = tuple(a for i, a in enumerate(args) if i not in statics)
+    @functools.cached_property
+    def _flat(self) -> Callable:
+        return self.partitioned.lower().compile().compiled
+
+    def _run(self, *dynamic: Any) -> Any:
         results = self.partitioned.sharded(*jax.tree.leaves((dynamic, {})))
-        return jax.tree.unflatten(traced.out_tree, results)
+        return jax.tree.unflatten(self.partitioned.propagated.traced.out_tree, results)
 
 
 def _lower_call(closed: Any, params: dict[str, Any]) -> Callable:
@@ -262,8 +275,8 @@ def _lower_call(closed: Any, params: dict[str, Any]) -> Callable:
     closed = _jax.dead_code_free(closed)
     program = build(closed)
     program.check_rules(options.fallback)
-    annotations = stages.sharding.propagation.annotations_in(program, options.mesh_shape, ())
-    result = stages.sharding.propagation.propagate(program, options.mesh_shape, annotations)
+    annotations = annotations_in(program, options.mesh_shape, ())
+    result = propagate(program, options.mesh_shape, annotations)
     arguments = Arguments(tuple(v.aval for v in program.body.inputs), None, (), (), ())
     traced = stages.Traced(
         program, arguments, tuple(annotations), None, (None,) * len(program.body.outputs), options
@@ -276,8 +289,6 @@ register_inline(spmd_call_p, lambda params: _jax.closed(params["call_jaxpr"]))
 
 
 def _annotated(x: Any, sharding: Any) -> Any:
-    from sharding.annotate import DimSpec, Spec
-
     if sharding is None:
         return x
     dims = tuple(DimSpec(d.axes, d.open, d.priority) for d in sharding.dims)
@@ -327,4 +338,3 @@ def _device_text(devices: Any) -> str:
     return f"device{'s' if len(ids) > 1 else ''} {shown}"
 
 
-__all__ = ["Function", "jit", "rebuild", "spmd_call_p"]

@@ -5,54 +5,26 @@ Frozen objects in the manner of `jax.stages`: each prints, and each makes the ne
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import AbstractMesh
 
 import sharding.propagation
 from sharding import _jax
-from sharding.annotate import AxisRules, Spec, rank_problem, resolve, spec_of
-from sharding.errors import (
-    ArgumentError,
-    MeshError,
-    Problem,
-    ShardingWarning,
-    SpecError,
-    merged,
-)
-from sharding.mesh import MeshShape
+from sharding.errors import ArgumentError, MeshError, Problem, ShardingWarning
 from sharding.program import Program, Value, build, render
 from sharding.spec import Layout, Sharding
 from spmd import boundary, collectives, memory
-from spmd.arguments import Arguments, broadcast, output_names, rebuild
+from spmd.annotations import resolve_all
+from spmd.arguments import Arguments, output_names, rebuild
+from spmd.options import Options
 from spmd.partition.interpret import per_device
 from spmd.partition.plan import Diagnostic, ProgramPlan
 from spmd.partition.planner import make_plan
 from spmd.partition.verify import ENABLED, verify
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `spmd.jit` was told. Hashable, so that it can be part of a cache key."""
-
-    mesh: Any
-    axis_rules: AxisRules = ()
-    in_shardings: Any = field(default=None, hash=False, compare=False)
-    out_shardings: Any = field(default=None, hash=False, compare=False)
-    donate_argnums: tuple[int, ...] = ()
-    donate_argnames: tuple[str, ...] = ()
-    static_argnums: tuple[int, ...] = ()
-    static_argnames: tuple[str, ...] = ()
-    keep_unused: bool = False
-    fallback: str = "error"
-    compiler_options: Any = field(default=None, hash=False, compare=False)
-
-    @property
-    def mesh_shape(self) -> MeshShape:
-        return MeshShape.of(self.mesh)
 
 
 @dataclass(frozen=True)
@@ -246,7 +218,11 @@ class Partitioned:
             options["donate_argnums"] = tuple(i for i, d in enumerate(donated(traced)) if d)
             options["keep_unused"] = True
         else:
-            options["donate_argnums"] = self.options.donate_argnums
+            # Positions among the dynamic arguments, which is all that the executable takes.
+            static = {i for i, _ in traced.arguments.static if isinstance(i, int)}
+            options["donate_argnums"] = tuple(
+                i - sum(s < i for s in static) for i in self.options.donate_argnums
+            )
             options["keep_unused"] = self.options.keep_unused
         if not isinstance(self.options.mesh, AbstractMesh):
             outs = boundary.named(self.options.mesh, self.propagated._outputs[0])
@@ -374,26 +350,8 @@ def trace(fun: Callable, arguments: Arguments, options: Options) -> Traced:
     closed = _jax.trace(flat, *arguments.avals)
     program = build(closed, arguments.names, output_names(out_tree[-1]))
     program.check_rules(options.fallback)
-    mesh = options.mesh_shape
-    problems: list[Problem] = []
-    annotations = _given_inputs(program, arguments, options, problems)
-    out_specs = _given_outputs(program, out_tree[-1], options, problems)
-    taken = {v.id for v, _ in annotations}
-    for value, given in zip(program.body.outputs, out_specs, strict=True):
-        if given is not None and value.id not in taken:
-            annotations.append((value, given))
-            taken.add(value.id)
-    try:
-        inner = sharding.propagation.annotations_in(program, mesh, options.axis_rules)
-    except SpecError as error:
-        problems += error.problems
-        inner = []
-    if problems:
-        raise SpecError(*merged(problems))
-    # An annotation inside that is also a result keeps the one given inside; the boundary reshards.
-    inside = {v.id for v, _ in inner}
-    every = [*inner, *((v, s) for v, s in annotations if v.id not in inside)]
-    return Traced(program, arguments, tuple(every), out_tree[-1], tuple(out_specs), options)
+    annotations, out_specs = resolve_all(program, arguments, out_tree[-1], options)
+    return Traced(program, arguments, annotations, out_tree[-1], out_specs, options)
 
 
 def donated(traced: Traced) -> list[bool]:
@@ -408,60 +366,3 @@ def donated(traced: Traced) -> list[bool]:
     for name in sorted(kwargs):
         flags += [name in options.donate_argnames] * len(jax.tree.leaves(kwargs[name]))
     return flags
-
-
-def _given_inputs(
-    program: Program, arguments: Arguments, options: Options, problems: list[Problem]
-) -> list[tuple[Value, Sharding]]:
-    args, kwargs = jax.tree.unflatten(arguments.tree, arguments.leaves)
-    given: list[Any] = [None] * len(arguments.leaves)
-    if options.in_shardings is not None:
-        prefix = options.in_shardings
-        prefix = tuple(prefix) if isinstance(prefix, list) else prefix
-        count = len(jax.tree.leaves(args))
-        given[:count] = broadcast(prefix, args, "in_shardings")
-    del kwargs
-    found = []
-    values = program.body.inputs
-    for value, entry, own in zip(values, given, arguments.specs, strict=True):
-        spec = spec_of(entry, value.rank) if entry is not None else own
-        sharding = _resolved(value, spec, options, problems)
-        if sharding is not None:
-            found.append((value, sharding))
-    return found
-
-
-def _given_outputs(
-    program: Program, out_tree: Any, options: Options, problems: list[Problem]
-) -> list[Sharding | None]:
-    values = program.body.outputs
-    if options.out_shardings is None:
-        return [None] * len(values)
-    skeleton = jax.tree.unflatten(out_tree, range(len(values)))
-    entries = broadcast(options.out_shardings, skeleton, "out_shardings")
-    names = output_names(out_tree)
-    return [
-        _resolved(value, spec_of(entry, value.rank), options, problems, name)
-        for value, entry, name in zip(values, entries, names, strict=True)
-    ]
-
-
-def _resolved(
-    value: Value, spec: Spec | None, options: Options, problems: list[Problem], name: str = ""
-) -> Sharding | None:
-    if spec is None:
-        return None
-    what = name or str(value)
-    too_long = rank_problem(spec, value.rank, what, value.shape)
-    if too_long is not None:
-        problems.append(too_long)
-        return None
-    sharding, bad = resolve(spec, value.rank, options.mesh_shape, options.axis_rules, what)
-    problems += bad
-    return sharding
-
-
-__all__ = [
-    "Compiled", "Lowered", "NamedSharding", "Options", "Partitioned", "Propagated", "Traced",
-    "donated", "trace",
-]  # fmt: skip

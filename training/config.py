@@ -53,7 +53,7 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW with a warm-up and a cosine decay to a tenth of the learning rate."""
 
-    learning_rate: float = option(4e-3, "highest learning rate")
+    learning_rate: float = option(6e-3, "highest learning rate")
     warmup: float = option(0.1, "share of the steps over which the learning rate rises")
     weight_decay: float = option(0.05, "per step and learning rate, norms left out")
     clip_norm: float = option(1.0, "longest gradient, over all parameters together")
@@ -66,7 +66,7 @@ class TrainConfig:
     """The training loop."""
 
     batch: int = option(16, "examples per step, over all devices together")
-    steps: int = option(300, "steps in all, those before a resume included")
+    steps: int = option(400, "steps in all, those before a resume included")
     seed: int = option(0, "of the parameters, the batches and dropout")
     eval_every: int = option(100, "steps between validations; there is always one at the end")
     eval_batches: int = option(8, "batches per validation")

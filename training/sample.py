@@ -64,7 +64,7 @@ def prefill(
     batch, length = prompt_BS.shape
     cache = init_cache(model, batch, length + num_new)
     prompt_BS = shard(prompt_BS, "batch", None)
-    logits_BSV, cache = Transformer(model).apply({"params": params}, prompt_BS, cache)
+    logits_BSV, cache = _apply(model, params, prompt_BS, cache)
     return _draw(logits_BSV[:, -1], temperature, key), cache
 
 
@@ -85,12 +85,16 @@ def decode(
 
     def step(carry: tuple, key: jax.Array) -> tuple[tuple, jax.Array]:
         token_B, cache = carry
-        logits_BSV, cache = Transformer(model).apply({"params": params}, token_B[:, None], cache)
+        logits_BSV, cache = _apply(model, params, token_B[:, None], cache)
         token_B = _draw(logits_BSV[:, 0], temperature, key)
         return (token_B, cache), token_B
 
     (_, cache), tokens_NB = jax.lax.scan(step, (shard(token_B, "batch"), cache), keys)
     return tokens_NB.T, cache
+
+
+def _apply(model: TransformerConfig, params: Any, tokens_BS: jax.Array, cache: Cache) -> Any:
+    return Transformer(model).apply({"params": params}, tokens_BS, cache)
 
 
 def _draw(logits_BV: jax.Array, temperature: float, key: jax.Array) -> jax.Array:

@@ -22,8 +22,8 @@ def _transpose(op: OpInfo) -> Rule:
     dims = names("d", len(shape))
     out = tuple(dims[i] for i in op.params["permutation"])
     return Rule(
-        (_singles(dims),), (_singles(out),), {d: Factor(n) for d, n in zip(dims, shape, strict=True)},
-        linear=((0,),), early=True,
+        (_singles(dims),), (_singles(out),),
+        {d: Factor(n) for d, n in zip(dims, shape, strict=True)}, linear=((0,),), early=True,
     )  # fmt: skip
 
 

@@ -14,7 +14,9 @@ from sharding.spec import Layout
 from spmd.partition.reshard import Dims, Step
 
 
-def apply(steps: Sequence[Step], x: Any, src: Layout, shape: tuple[int, ...], mesh: MeshShape) -> Any:
+def apply(
+    steps: Sequence[Step], x: Any, src: Layout, shape: tuple[int, ...], mesh: MeshShape
+) -> Any:
     """`x`, laid out as `src`, after `steps`.
 
     Args:

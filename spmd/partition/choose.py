@@ -6,7 +6,7 @@ carried as partial. Among the legal assignments the one with the cheapest reshar
 is taken; results decide ties.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import product
 from math import prod
@@ -177,7 +177,7 @@ def _assemble(
     return Assignment(tuple(factors), carried)
 
 
-def _legal(rule: Rule, factors: dict[str, tuple[str, ...]], mesh: MeshShape) -> bool:
+def _legal(rule: Rule, factors: Mapping[str, tuple[str, ...]], mesh: MeshShape) -> bool:
     if rule.simple:
         return True
     for name, axes in factors.items():

@@ -166,6 +166,8 @@ class _Scope:
 
     def control(self, op: Op) -> None:
         """A control-flow op: layouts at the regions' boundaries are those propagated there."""
+        control = op.control
+        assert control is not None
         inputs = [[self.planner.wanted(v) for v in r.inputs] for r in op.regions]
         first: dict[int, Layout] = {}
         for port in op.in_ports:
@@ -177,7 +179,7 @@ class _Scope:
         for port in op.out_ports:
             layout = shared.setdefault(port.outer, outputs[port.region][port.inner])
             outputs[port.region][port.inner] = layout
-        for region, out, into in op.control.carries(op):
+        for region, out, into in control.carries(op):
             outputs[region][out] = inputs[region][into]
         regions = tuple(
             self.planner.region(r, i, o)

@@ -54,10 +54,10 @@ def test_all_offenders_are_reported_at_once():
         "--batchh\n  why: there is no such option (did you mean '--batch'?)\n"
         "  fix: train.py --help lists the options",
         "--learning-rate nan\n  why: a finite number is needed\n"
-        "  fix: for instance --learning-rate 0.004",
+        "  fix: for instance --learning-rate 0.006",
         "--resume mst\n  why: the choices are auto, must, never (did you mean 'must'?)\n"
         "  fix: for instance --resume auto",
-        "--steps 0\n  why: it must be 1 or more\n  fix: for instance --steps 300",
+        "--steps 0\n  why: it must be 1 or more\n  fix: for instance --steps 400",
         "--num-heads 5 --num-kv-heads 2\n  why: each key/value head serves as many query heads,"
         " and 5 / 2 leaves 1\n  fix: use --num-kv-heads 1 or 5",
     ]

@@ -9,7 +9,6 @@ from sharding import DimSharding, MeshError, MeshShape, P, Priority, Sharding, S
 from sharding.annotate import normalise_rules, parse_spec, resolve
 from sharding.mesh import (
     axes_size,
-    axis_size,
     merge_refs,
     overlap,
     refine,
