@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from sharding.errors import Problem
+from sharding.errors import Problem, SpmdError
 from spmd.simulate import simulate
 from training.checkpoint import Checkpoints, identity
 from training.cli import parse
@@ -48,14 +48,17 @@ def main(argv: list[str]) -> int:
         print_plan(console, planned)
         checkpoints.open()
         train(console, planned, corpus, checkpoints, resumed)
-    except TrainingError as error:
+    except SpmdError as error:
         errors.print(f"error: {error}", markup=False, highlight=False, style="red")
-        return error.exit_code
+        return error.exit_code if isinstance(error, TrainingError) else 1
     except Interrupted as error:
-        errors.print(f"interrupted and saved; go on with:\n  {resume_command(argv, checkpoints)}")
+        again = resume_command(argv, checkpoints)
+        errors.print(
+            f"interrupted and saved; go on with:\n  {again}", markup=False, highlight=False
+        )
         return error.exit_code
     except KeyboardInterrupt:
-        errors.print("interrupted before the first step; there was nothing to save")
+        errors.print("interrupted; there was nothing to save")
         return 130
     finally:
         if checkpoints is not None:

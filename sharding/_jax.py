@@ -179,16 +179,17 @@ def _call_eagerly(call_p: Any, fun: Any, args: Sequence[Any], params: Any) -> Se
     return jax.jit(run)(*args)
 
 
-def identity_primitive(name: str, lowering: Callable) -> Any:
-    """A one-operand identity that is linear and batched; `batched(params, dim, name)` adjusts it.
+def identity_primitive(name: str, lowering: Callable, transposed: Callable) -> Any:
+    """A one-operand identity that is linear.
 
     Args:
       lowering: traceable function (x, **params) -> x.
+      transposed: parameters -> the parameters of the cotangent's identity.
     """
     prim = Primitive(name)
     prim.def_impl(lambda x, **params: x)
     prim.def_abstract_eval(lambda x, **params: x)
-    ad.deflinear2(prim, lambda ct, x, **params: [prim.bind(ct, **params)])
+    ad.deflinear2(prim, lambda ct, x, **params: [prim.bind(ct, **transposed(params))])
     mlir.register_lowering(prim, mlir.lower_fun(lowering, multiple_results=False))
     return prim
 

@@ -7,7 +7,7 @@ and the mesh; so one annotated model serves every mesh.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -39,10 +39,12 @@ class Spec:
     Attributes:
       dims: entries.
       lenient: names without an axis rule mean "unsharded", as flax reads its own metadata.
+      rest_open: dims without an entry are open instead of unsharded.
     """
 
     dims: tuple[DimSpec, ...]
     lenient: bool = False
+    rest_open: bool = False
 
     def __str__(self) -> str:
         return "P(" + ", ".join(map(_dim_text, self.dims)) + ")"
@@ -172,7 +174,7 @@ def resolve(
     dims = [
         DimSharding(a, d.open, d.priority) for a, d in zip(axes_of, spec.dims, strict=True)
     ]
-    dims += [DimSharding()] * (rank - len(dims))
+    dims += [DimSharding(open=spec.rest_open)] * (rank - len(dims))
     return Sharding(tuple(dims)), []
 
 
@@ -230,16 +232,23 @@ def rank_problem(spec: Spec, rank: int, what: str, shape: tuple[int, ...]) -> Pr
 
 _CONSTRAIN: ContextVar[tuple[Any, AxisRules] | None] = ContextVar("constrain", default=None)
 
-shard_p = _jax.identity_primitive("shard", lambda x, **params: x)
+def _of_cotangent(params: dict) -> dict:
+    """A cotangent starts where its primal lies, but is free to lie elsewhere: closing its dims
+    would force reductions to a whole value that the next operation slices again."""
+    dims = tuple(DimSpec(d.names, True, d.priority) for d in params["spec"].dims)
+    return {"spec": Spec(dims, params["spec"].lenient, rest_open=True)}
+
+
+shard_p = _jax.identity_primitive("shard", lambda x, **params: x, _of_cotangent)
 
 
 def _insert_dim(params: dict, dim: int, spmd_axis_name: Any) -> dict:
     """vmap adds a dim: open, or on the axes that `spmd_axis_name` gives."""
     dims = list(params["spec"].dims)
-    dims += [DimSpec()] * max(0, dim - len(dims))
+    dims += [DimSpec(open=params["spec"].rest_open)] * max(0, dim - len(dims))
     new = DimSpec(_axes(spmd_axis_name)) if spmd_axis_name is not None else DimSpec(open=True)
     dims.insert(dim, new)
-    return {"spec": Spec(tuple(dims))}
+    return {"spec": replace(params["spec"], dims=tuple(dims))}
 
 
 _jax.register_batcher(shard_p, _insert_dim)

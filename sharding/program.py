@@ -143,6 +143,15 @@ class Program:
                     count[value.id] += 1
         return count
 
+    @cached_property
+    def readers(self) -> list[list[tuple[Op, int]]]:
+        """By value id, the (op, operand index) pairs that read it."""
+        found: list[list[tuple[Op, int]]] = [[] for _ in self.values]
+        for op in self.ops():
+            for i, value in enumerate(op.inputs):
+                found[value.id].append((op, i))
+        return found
+
     def check_rules(self, fallback: str = "error") -> None:
         """Every op has a rule.
 

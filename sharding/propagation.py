@@ -157,6 +157,7 @@ class _Propagation:
                     self.touching[value.id].append(i)
         self.queue: list[int] = []
         self.queued = bytearray(len(self.links))
+        self.contested: set[int] = set()
         self.level = 0
 
     def run(self) -> Propagated:
@@ -166,15 +167,26 @@ class _Propagation:
                 self.annotate(value, sharding, priority)
             for self.level in range(len(LEVELS)):
                 self.enqueue_all()
-                while self.queue:
-                    index = heapq.heappop(self.queue)
-                    self.queued[index] = 0
-                    self.visit(index)
+                self.settle()
         shardings = tuple(self.final(v) for v in self.program.values)
         return Propagated(
             self.program, self.mesh, shardings, tuple(self.links), tuple(self.events),
             tuple(self.rejections),
         )  # fmt: skip
+
+    def settle(self) -> None:
+        """To a fixed point at this level. What nobody contests goes everywhere before the first
+        contested dim is decided: its neighbours may know better than the equation itself."""
+        while True:
+            while self.queue:
+                index = heapq.heappop(self.queue)
+                self.queued[index] = 0
+                self.visit(index, decide=False)
+            if not self.contested:
+                return
+            index = min(self.contested)
+            self.contested.discard(index)
+            self.visit(index, decide=True)
 
     def reserve(self) -> None:
         """Closed dims and axes that an annotation will want are out of reach from the start."""
@@ -209,7 +221,9 @@ class _Propagation:
         """Whether the rule has anything to say at this level."""
         return rule.early or self.level >= _PASS
 
-    def visit(self, index: int) -> None:
+    def visit(self, index: int, decide: bool) -> None:
+        """Pushes what one link proposes; two proposals that want the same axis on the same tensor
+        wait, unless it is time to decide."""
         link = self.links[index]
         rule = link.rule
         if not self.active(rule):
@@ -219,10 +233,43 @@ class _Propagation:
             for t, v in enumerate(link.values)
         ]
         best = self.proposals(index, factors)
+        waiting = set() if decide else self.contests(index, best, factors)
+        if waiting:
+            self.contested.add(index)
         for proposal in best:
             for t, d in rule.where[proposal.factor]:
-                if t != proposal.tensor:
+                if t != proposal.tensor and (proposal.factor, t) not in waiting:
                     self.push(index, proposal, t, d, factors)
+
+    def contests(
+        self, index: int, best: list[Proposal], factors: list[dict[str, tuple[str, ...]]]
+    ) -> set[tuple[str, int]]:
+        """(factor, tensor) places where another factor wants one of the same axes."""
+        link = self.links[index]
+        found: set[tuple[str, int]] = set()
+        for i, p in enumerate(best):
+            for q in best[:i]:
+                if not any(clashes(axis, q.axes) for axis in p.axes):
+                    continue
+                for t in {t for t, _ in link.rule.where[p.factor]}.intersection(
+                    t for t, _ in link.rule.where[q.factor]
+                ):
+                    if all(self.wants(link, t, x, factors) for x in (p, q)):
+                        found |= {(p.factor, t), (q.factor, t)}
+        return found
+
+    def wants(
+        self, link: Link, t: int, p: Proposal, factors: list[dict[str, tuple[str, ...]]]
+    ) -> bool:
+        """Whether a proposal would extend a tensor, were it alone."""
+        d = next(d for u, d in link.rule.where[p.factor] if u == t)
+        if t == p.tensor or not self.open[link.values[t].id][d]:
+            return False
+        current = factors[t].get(p.factor, ())
+        more = extension(current, p.axes, self.mesh)
+        if not more:
+            return False
+        return bool(self.takeable(link, p, t, current, more, factors[t])[0])
 
     def proposals(self, index: int, factors: list[dict[str, tuple[str, ...]]]) -> list[Proposal]:
         """The winning proposal of every factor, strongest first."""

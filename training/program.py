@@ -81,9 +81,9 @@ class Plan:
 
 
 def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """A mesh of all devices, the last axis on neighbouring ones."""
-    devices = np.asarray(jax.devices()).reshape(tuple(sizes.values()))
-    return Mesh(devices, tuple(sizes))
+    """A mesh of all devices, in an order that suits how they are wired."""
+    automatic = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=automatic)
 
 
 def plan(run: RunConfig, mesh: Mesh) -> Plan:

@@ -16,7 +16,7 @@ from training.config import RunConfig
 from training.data import Corpus
 from training.program import Plan
 
-__all__ = ["human_bytes", "print_config", "print_plan"]
+__all__ = ["human_bytes", "print_config", "print_plan", "sharding_text"]
 
 
 def print_config(console: Console, run: RunConfig, corpus: Corpus) -> None:
@@ -69,13 +69,13 @@ def _parameters(plan: Plan) -> Table:
         local = prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         total, local_total = total + leaf.size, local_total + local
         shape = f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-        spec = _spec(sharding, len(leaf.shape))
+        spec = sharding_text(sharding, len(leaf.shape))
         table.add_row(name, escape(shape), escape(spec), human_bytes(local))
     table.add_row("total", f"{total:,} parameters", "", human_bytes(local_total))
     return table
 
 
-def _spec(sharding: Any, rank: int) -> str:
+def sharding_text(sharding: Any, rank: int) -> str:
     """One entry per dim, `-` where it is not sharded."""
     entries = [*sharding.spec, *(None,) * (rank - len(sharding.spec))]
     texts = ["+".join(e) if isinstance(e, tuple) else e for e in entries]

@@ -16,6 +16,7 @@ from models.shardings import shards
 from models.transformer import Cache, Transformer, TransformerConfig, init_cache
 from sharding import shard
 from training.program import Plan
+from training.report import sharding_text
 
 __all__ = ["decode", "prefill", "sample"]
 
@@ -45,7 +46,8 @@ def sample(plan: Plan, params: Any) -> tuple[bytes, str]:
     shardings = inferred.propagate().in_shardings
     first = plan.jit(start, in_shardings=(params_in, None, None), out_shardings=shardings[1:3])
     token_B, cache = first(params, prompt_BS, keys[0])
-    cache_text = f"{cache.keys_LBTKE.shape} {cache.keys_LBTKE.sharding.spec}"
+    keys_LBTKE = cache.keys_LBTKE
+    cache_text = f"{keys_LBTKE.shape} {sharding_text(keys_LBTKE.sharding, keys_LBTKE.ndim)}"
     rest = plan.jit(step, in_shardings=shardings, donate_argnums=(2,))
     tokens_BN, _ = rest(params, token_B, cache, keys[1:])
     new = [np.asarray(token_B)[:1], np.asarray(tokens_BN)[0]]

@@ -32,13 +32,20 @@ class Tensor(NamedTuple):
       shape: global.
       itemsize: bytes per element.
       layouts: operand: layouts at hand, the first as it was made. result: the wanted one.
-      share: part of a reshard's cost that this use bears; values that others read too share it.
+      readers: operand: how many operations are expected to read it in a layout, where more than
+        one; they share the cost of bringing it there. result: empty.
+      used: result: whether anything reads it.
     """
 
     shape: tuple[int, ...]
     itemsize: int
     layouts: tuple[Layout, ...]
-    share: float = 1.0
+    readers: tuple[tuple[Layout, int], ...] = ()
+    used: bool = True
+
+    def share(self, need: Layout) -> float:
+        """The part of a reshard's cost that one reader bears."""
+        return 1.0 / next((n for layout, n in self.readers if layout == need), 1)
 
 
 def needs(
@@ -106,6 +113,23 @@ def _choose(
     return best
 
 
+def expected(
+    rule: Rule, operand: int, operands: Sequence[Layout], results: Sequence[Layout],
+    mesh: MeshShape,
+) -> Layout:  # fmt: skip
+    """The layout that an equation is likely to need of an operand: results decide the passing
+    factors, operands the reduced ones."""
+    factors: dict[str, tuple[str, ...]] = {}
+    for r, layout in enumerate(results):
+        factors.update(to_factors(rule, len(operands) + r, layout.dims, mesh))
+    taken = {a for axes in factors.values() for a in axes}
+    for i, layout in enumerate(operands):
+        for name, axes in to_factors(rule, i, layout.dims, mesh).items():
+            if rule.factors[name].kind is Kind.REDUCE and taken.isdisjoint(axes):
+                factors.setdefault(name, axes)
+    return Layout(to_dims(rule, operand, factors, mesh))
+
+
 def forced(
     rule: Rule, result: Layout, mesh: MeshShape
 ) -> Assignment:
@@ -136,13 +160,15 @@ def _candidates(
                 if is_result:
                     wanted.add((axis, name))
 
+    # A tie is decided by the order: carrying a partial value first, since later sums can share
+    # its reduction, then what the result wants.
+    for axis in _carriable(rule, operands):
+        options.setdefault(axis, {})[_CARRY] = None
     for r, tensor in enumerate(results):
         note(to_factors(rule, len(operands) + r, tensor.layouts[0].dims, mesh), True)
     for i, tensor in enumerate(operands):
         for layout in tensor.layouts:
             note(to_factors(rule, i, layout.dims, mesh), False)
-    for axis in _carriable(rule, operands):
-        options.setdefault(axis, {})[_CARRY] = None
     axes = list(options)
     choices = [_prune(rule, axis, list(options[axis]), wanted, operands, mesh) for axis in axes]
     if prod(map(len, choices)) > _MAX_CANDIDATES:
@@ -230,16 +256,20 @@ def _cost(
     needed = needs(rule, assignment, operands, mesh)
     touched = sum(
         local_bytes(layout, t.shape, t.itemsize, mesh)
-        for layout, t in (*zip(needed, operands, strict=True), *zip(made, results, strict=True))
+        for layout, t in zip(needed, operands, strict=True)
     )
     total = cost.compute(iterations * rule.flops, touched)
+    if assignment.carried and rule.flops == 1:
+        # Elementwise work on a value that stays partial is left out: a later sum may share the
+        # reduction, and carrying must not lose to reducing here by a rounding of the work.
+        total = 0.0
     for layout, tensor in zip(made, results, strict=True):
-        if tensor.share:
+        if tensor.used:
             total += plan(layout, tensor.layouts[0], tensor.shape, tensor.itemsize, mesh).cost
         if total >= limit:
             return total
     for need, tensor in zip(needed, operands, strict=True):
-        total += tensor.share * cheapest(tensor, need, mesh)
+        total += tensor.share(need) * cheapest(tensor, need, mesh)
         if total >= limit:
             return total
     return total

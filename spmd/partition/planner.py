@@ -10,8 +10,8 @@ from sharding.mesh import MeshShape, refine, refine_refs
 from sharding.program import Op, Region, Value, describe
 from sharding.propagation import Propagated
 from sharding.rule import Kind, Port
-from sharding.spec import Layout
-from spmd.partition.choose import Tensor, choose, forced, makes, needs
+from sharding.spec import Layout, Sharding
+from spmd.partition.choose import Tensor, choose, expected, forced, makes, needs
 from spmd.partition.plan import (
     Assignment,
     Compute,
@@ -53,7 +53,8 @@ class _Planner:
         self.propagated, self.mesh = propagated, mesh
         self.uses = propagated.program.uses
         self.diagnostics: list[Diagnostic] = []
-        self.refined: dict = {}
+        self.refined: dict[Sharding, Layout] = {}
+        self.expected: dict[int, tuple[tuple[Layout, int], ...]] = {}
 
     def refine(self, layout: Layout) -> Layout:
         """A layout on the user's mesh, on the refined mesh."""
@@ -68,6 +69,29 @@ class _Planner:
         if sharding not in self.refined:
             self.refined[sharding] = self.refine(sharding.layout)
         return self.refined[sharding]
+
+    def readers(self, value: Value) -> tuple[tuple[Layout, int], ...]:
+        """In which layouts the readers of a value are expected to need it, where more than one."""
+        found = self.expected.get(value.id)
+        if found is None:
+            counts: dict[Layout, int] = {}
+            for op, operand in self.propagated.program.readers[value.id]:
+                need = self.need(op, operand)
+                counts[need] = counts.get(need, 0) + 1
+            found = tuple((need, n) for need, n in counts.items() if n > 1)
+            self.expected[value.id] = found
+        return found
+
+    def need(self, op: Op, operand: int) -> Layout:
+        if op.control is not None:
+            port = next((p for p in op.in_ports if p.outer == operand), None)
+            if port is None:
+                return _whole(op.inputs[operand])
+            inner = self.wanted(op.regions[port.region].inputs[port.inner])
+            return _outer(inner, port.stacked)
+        wanted = [self.wanted(v) for v in (*op.inputs, *op.outputs)]
+        count = len(op.inputs)
+        return expected(op.rule, operand, wanted[:count], wanted[count:], self.mesh)
 
     def region(
         self, region: Region, inputs: Sequence[Layout], outputs: Sequence[Layout]
@@ -102,8 +126,8 @@ class _Scope:
         return found if found is not None else [_whole(value)]
 
     def tensor(self, value: Value) -> Tensor:
-        uses = max(1, self.planner.uses[value.id])
-        return Tensor(value.shape, _itemsize(value), tuple(self.layouts(value)), 1.0 / uses)
+        readers = self.planner.readers(value) if self.planner.uses[value.id] > 1 else ()
+        return Tensor(value.shape, _itemsize(value), tuple(self.layouts(value)), readers)
 
     def compute(self, op: Op) -> None:
         rule = op.rule
@@ -115,7 +139,7 @@ class _Scope:
             assignment = forced(rule, wanted[0], self.mesh)
         else:
             results = tuple(
-                Tensor(v.shape, _itemsize(v), (w,), 1.0 if self.planner.uses[v.id] else 0.0)
+                Tensor(v.shape, _itemsize(v), (w,), (), self.planner.uses[v.id] > 0)
                 for v, w in zip(op.outputs, wanted, strict=True)
             )
             assignment = choose(rule, operands, results, self.mesh)

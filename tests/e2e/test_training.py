@@ -252,8 +252,8 @@ def test_a_run_prints_its_plan_before_it_compiles_and_its_result_at_the_end(tmp_
         "compiled in",
         "step      2",
         "validation loss / entropy = ",
-        "sample (cache (2, 4, 8, 2, 8) PartitionSpec(None, 'fsdp', None, 'tensor'",
-        "def ",
+        "sample (cache (2, 4, 8, 2, 8) [-, fsdp, -, tensor, -]):",
+        "\ndef ",
     ]
     positions = [text.find(part) for part in order]
     assert -1 not in positions and positions == sorted(positions), text

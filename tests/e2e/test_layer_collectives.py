@@ -1,0 +1,167 @@
+"""The collectives of one transformer layer, by count and bytes, against what the papers derive.
+
+One layer (attention and feed-forward, no norms, so that nothing but the matmuls communicates),
+forward and backward with gradients of weights and input. With a cotangent given, in elements:
+
+  A  = batch x sequence x model    an activation of the residual stream
+  W  = 4 model^2 + 2 model x hidden    all weights
+
+Ring model, k devices: all-gather and reduce-scatter move (k-1)/k of the whole, all-reduce twice.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sharding import shard
+from tests.oracle import P, check, kinds, make_mesh
+
+BATCH, SEQ, MODEL, HEADS, HIDDEN = 8, 16, 128, 4, 512
+HEAD = MODEL // HEADS
+F32 = 4
+A = BATCH * SEQ * MODEL * F32  # 64 KiB, small beside the weights: Megatron's own setting
+W = (4 * MODEL * MODEL + 2 * MODEL * HIDDEN) * F32
+
+
+def weights() -> dict[str, jax.Array]:
+    shapes = {
+        "q": (MODEL, HEADS, HEAD), "k": (MODEL, HEADS, HEAD), "v": (MODEL, HEADS, HEAD),
+        "o": (HEADS, HEAD, MODEL), "up": (MODEL, HIDDEN), "down": (HIDDEN, MODEL),
+    }  # fmt: skip
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return {
+        n: jax.random.normal(k, s) / 12 for k, (n, s) in zip(keys, shapes.items(), strict=True)
+    }
+
+
+def layer(w: dict[str, jax.Array], x: jax.Array, rules: dict) -> jax.Array:
+    """`rules` gives the annotation of the residual stream and of a sub-layer's input."""
+    x = shard(x, *rules["residual"])
+    h = shard(x, *rules["inner"])
+    q, k, v = (jnp.einsum("bsm,mhd->bshd", h, w[n]) for n in "qkv")
+    probs = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k), -1)
+    y = jnp.einsum("bhqk,bkhd->bqhd", probs, v)
+    x = x + shard(jnp.einsum("bshd,hdm->bsm", y, w["o"]), *rules["residual"])
+    h = shard(x, *rules["inner"])
+    y = jnp.einsum("bsh,hm->bsm", jax.nn.relu(jnp.einsum("bsm,mh->bsh", h, w["up"])), w["down"])
+    return x + shard(y, *rules["residual"])
+
+
+def measure(rules: dict, mesh, remat: bool = False, seq: int = SEQ) -> dict:
+    """(kind, axes) -> (count, bytes) of forward and backward, checked against the oracle."""
+    x, cotangent = jax.random.normal(jax.random.key(1), (2, BATCH, seq, MODEL))
+
+    def step(w, x, cotangent):
+        fun = lambda w, x: layer(w, x, rules)  # noqa: E731
+        out, vjp = jax.vjp(jax.checkpoint(fun) if remat else fun, w, x)
+        return out, vjp(cotangent)
+
+    data = P(*rules["residual"])
+    outs = (data, ({n: P(*s) for n, s in rules["weights"].items()}, data))
+    return kinds(check(step, (weights(), x, cotangent), mesh, (outs[1][0], data, data), outs))
+
+
+def moved(found: dict, kind: str, axis: str) -> float:
+    return found.get((kind, (axis,)), (0, 0.0))[1]
+
+
+HEAD_WISE = {
+    "q": (None, "tensor"), "k": (None, "tensor"), "v": (None, "tensor"), "o": ("tensor",),
+    "up": (None, "tensor"), "down": ("tensor",),
+}  # fmt: skip
+
+
+def test_megatron_is_four_all_reduces() -> None:
+    """Shoeybi et al. (arXiv 1909.08053), section 3: f and g are conjugate, so forward and backward
+    each all-reduce once per sub-layer: 4 x 2 A (k-1)/k."""
+    rules = {"residual": (None, None, None), "inner": (None, None, None), "weights": HEAD_WISE}
+    found = measure(rules, make_mesh(tensor=4))
+    assert found == {("all_reduce", ("tensor",)): (4, 4 * 2 * A * 3 / 4)}
+
+
+def test_sequence_parallel_moves_what_megatron_moves() -> None:
+    """Korthikanti et al. (arXiv 2205.05198), section 4.2.2: every all-reduce becomes an all-gather
+    and a reduce-scatter of the same bytes in sum. (Their backward gathers the input of each
+    sub-layer once more; here the gathered input of the forward pass is still there.)"""
+    rules = {
+        "residual": (None, "tensor", None), "inner": (None, None, None), "weights": HEAD_WISE,
+    }  # fmt: skip
+    found = measure(rules, make_mesh(tensor=4))
+    assert found == {
+        ("all_gather", ("tensor",)): (4, 4 * A * 3 / 4),
+        ("reduce_scatter", ("tensor",)): (4, 4 * A * 3 / 4),
+    }
+
+
+FSDP = {
+    "q": ("fsdp",), "k": ("fsdp",), "v": ("fsdp",), "o": (None, None, "fsdp"), "up": ("fsdp",),
+    "down": (None, "fsdp"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_fsdp_moves_every_weight_as_zero_3_does(remat: bool) -> None:
+    """Rajbhandari et al. (arXiv 1910.02054), section 7.2.2: ZeRO-3 gathers every weight in the
+    forward and again in the backward pass, and reduce-scatters its gradient: 3 W (k-1)/k. The
+    second gather is what recomputation costs; without it the gathered weights are still there."""
+    rules = {"residual": ("fsdp",), "inner": ("fsdp",), "weights": FSDP}
+    found = measure(rules, make_mesh(fsdp=8), remat, seq=256)  # far more tokens than model dims
+    gathers = found.pop(("all_gather", ("fsdp",)))
+    assert found == {("reduce_scatter", ("fsdp",)): (6, W * 7 / 8)}
+    assert gathers == ((12, 2 * W * 7 / 8) if remat else (6, W * 7 / 8))
+
+
+def test_two_dimensional_sharding_of_gspmd() -> None:
+    """Xu et al. (arXiv 2105.04663), section 5.1, the finalised form: weights on X and Y, the batch
+    on X, model dims on Y. Weights are gathered along X (W/Y), activations along Y (A/X), and their
+    gradients and partial sums are reduce-scattered likewise."""
+    x, y = 2, 4
+    rules = {
+        "residual": ("data", None, "tensor"), "inner": ("data", None, None),
+        "weights": {
+            "q": ("data", "tensor"), "k": ("data", "tensor"), "v": ("data", "tensor"),
+            "o": ("tensor", None, "data"), "up": ("data", "tensor"), "down": ("tensor", "data"),
+        },
+    }  # fmt: skip
+    found = measure(rules, make_mesh(data=x, tensor=y))
+    assert found == {
+        ("all_gather", ("data",)): (6, W / y * (x - 1) / x),
+        ("reduce_scatter", ("data",)): (6, W / y * (x - 1) / x),
+        ("all_gather", ("tensor",)): (4, 4 * A / x * (y - 1) / y),
+        ("reduce_scatter", ("tensor",)): (4, 4 * A / x * (y - 1) / y),
+    }
+
+
+def test_data_parallel_all_reduces_every_gradient_once() -> None:
+    rules = {"residual": ("data",), "inner": ("data",), "weights": {n: () for n in HEAD_WISE}}
+    found = measure(rules, make_mesh(data=8))
+    assert found == {("all_reduce", ("data",)): (6, 2 * W * 7 / 8)}
+
+
+def test_a_sum_of_three_partial_gradients_is_reduced_once() -> None:
+    """Linear operations carry partial values: one all-reduce for three products and their sum."""
+    def f(a, b, c, w):
+        return (a @ w + b @ w) * 2.0 - c @ w.astype(jnp.float32)
+
+    x = jax.random.normal(jax.random.key(0), (4, 8, 64))
+    w = jax.random.normal(jax.random.key(1), (64, 8))
+    specs = (*(P(None, "tensor"),) * 3, P("tensor"))
+    args = (x[0], x[1], x[2], w)
+    whole = check(f, args, make_mesh(tensor=8), specs, P())
+    assert kinds(whole) == {("all_reduce", ("tensor",)): (1, 2 * 8 * 8 * F32 * 7 / 8)}
+    split = check(f, args, make_mesh(tensor=8), specs, P("tensor"))
+    assert kinds(split) == {("reduce_scatter", ("tensor",)): (1, 8 * 8 * F32 * 7 / 8)}
+
+
+def test_the_same_value_is_gathered_once_for_all_its_users() -> None:
+    def f(x, u, v):
+        x = shard(x, "tensor")
+        return jnp.tanh(x) @ u, jnp.tanh(x) @ v, x.sum()
+
+    x = jax.random.normal(jax.random.key(0), (8, 64))
+    u, v = jax.random.normal(jax.random.key(1), (2, 64, 64))
+    specs = (P("tensor"), P(None, "tensor"), P(None, "tensor"))
+    outs = (P(None, "tensor"), P(None, "tensor"), P())
+    found = kinds(check(f, (x, u, v), make_mesh(tensor=8), specs, outs))
+    # tanh(x) is traced twice, but x itself is gathered for both: the cheaper of the two.
+    assert found["all_gather", ("tensor",)][0] <= 2
