@@ -301,16 +301,13 @@ def _local_scatter(
     if not any(ctx.axes(f"n{d}") for d in where):
         return ctx.bind(x, indices, updates)
     bounds = np.array([shape[d] - sizes[d] for d in where])
-    if op.params["mode"] is Mode.CLIP:
-        start = _bounded(indices, 0, bounds)
-        legal = True
-    else:
-        start = _bounded(indices, -1, bounds + 1)
-        legal = jnp.all((start >= 0) & (start <= bounds), axis=-1)
+    clips = op.params["mode"] is Mode.CLIP
+    # What is out of bounds stays so, and is dropped like the updates of other shards: those go
+    # past the end. Between the end of an uneven dim and that of its last shard is only padding.
+    start = _bounded(indices, 0, bounds) if clips else _bounded(indices, -1, bounds + 1)
     start, here = _shifted(ctx, where, start, x.shape)
-    # Updates of other shards go past the end, where they are dropped.
     past = np.array([x.shape[d] for d in where], np.int32)
-    start = jnp.where((here & legal)[..., None], start, past)
+    start = jnp.where(here[..., None], start, past)
     return ctx.bind(x, start, updates, mode=Mode.FILL_OR_DROP, indices_are_sorted=False)
 
 

@@ -33,7 +33,7 @@ from spmd.partition.plan import Assignment, Compute, Key
 from spmd.partition.reshard import plan
 
 MESH = MeshShape((("x", 2), ("y", 4)))
-DRAWS = 14  # assignments per equation
+DRAWS = 10  # assignments per equation
 
 
 def assignments(rule: Rule, adds: bool) -> list[Assignment]:
@@ -46,7 +46,7 @@ def assignments(rule: Rule, adds: bool) -> list[Assignment]:
     rng = random.Random(0)
     rng.shuffle(more)
     if rule.linear and adds:
-        found += carried[:6]
+        found += carried[:3]
     return found + more[: max(4, DRAWS - len(found))]
 
 
@@ -187,7 +187,7 @@ UNWRAPPED = {"wrap_negative_indices": False}
 
 # gather
 for mode in MODES:
-    for n in (8, 7, 2):
+    for n in (8, 7, 2) if mode == "fill" else (7,):
         case(
             f"embedding-{mode}-{n}",
             lambda t, i, mode=mode: t.at[i].get(mode=mode, **UNWRAPPED),
@@ -262,6 +262,8 @@ for method in METHODS:
         if method == "set" and mode == "clip":
             where = np.array([3, -1, 5, 9, 1, 2])
         case(f"{method}-rows-{mode}", _update(method, mode), arr(7, 5), where, arr(6, 5), names=name)
+    if method in ("subtract", "min"):
+        continue  # their code is that of add and max
     case(f"{method}-int", _update(method, "drop"), arr(8, 3, dtype="int32"),
          np.array([[1, 9], [-7, 4], [0, 7]]), arr(3, 2, 3, dtype="int32"), names=name)  # fmt: skip
     case(
@@ -306,7 +308,7 @@ case("segment-sum", lambda v, s: jax.ops.segment_sum(v, s, 6), arr(9, 4), ids(9,
      names="scatter-add")  # fmt: skip
 
 # dynamic_slice and dynamic_update_slice
-for start in (-2, 0, 3, 5, 20):
+for start in (-2, 3, 20):
     for size in (1, 3, 6):
         case(
             f"dynamic-slice-{start}-{size}",
@@ -321,7 +323,7 @@ for start in (-2, 0, 3, 5, 20):
 case("dynamic-slice-bool", lambda t, s: lax.dynamic_slice(t, (s,), (3,)), arr(7, dtype="bool"),
      np.uint8(4), names="dynamic_slice")  # fmt: skip
 case("dynamic-update-int8", lambda t, u, s: lax.dynamic_update_slice(t, u, (s,)),
-     arr(300, dtype="int8"), arr(5, dtype="int8"), np.uint8(250), names="dynamic_update_slice")  # fmt: skip
+     arr(200, dtype="int8"), arr(5, dtype="int8"), np.uint8(250), names="dynamic_update_slice")  # fmt: skip
 
 
 def _index_keys(data: Any, s: Any) -> Any:
@@ -347,7 +349,7 @@ case("approx-max-k", lambda t: lax.approx_max_k(t, 3), arr(5, 30), names="approx
 # cumulative
 for fun in (lax.cumsum, lax.cumprod, lax.cummax, lax.cummin, lax.cumlogsumexp):
     for reverse in (False, True):
-        for n in (8, 7, 5):
+        for n in (8, 7) if fun is lax.cumsum else (5,):
             name = fun.__name__
             x = arr(3, n, 2) if name != "cumprod" else 1 + arr(3, n, 2) / 20
             case(
