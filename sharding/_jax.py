@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+import jax.extend.core as extend_core
 from jax._src import ad_checkpoint, api_util, core, source_info_util, state
 from jax._src import pjit as _pjit
 from jax._src import random as _random
@@ -17,7 +18,7 @@ from jax._src.lax import parallel as _parallel
 from jax._src.lax import slicing as _slicing
 from jax._src.random import prng as _prng
 from jax.extend import linear_util as lu
-from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.extend.core import primitives as primitives
 
 # Primitives that `jax.extend.core.primitives` does not name.
@@ -38,6 +39,14 @@ all_gather_invariant_p = _parallel.all_gather_invariant_p
 psum_invariant_p = _parallel.psum_invariant_p
 reduce_scatter_p = _parallel.reduce_scatter_p
 
+# From JAX 0.11 on open and closed jaxprs are one class, and a call holds one instead of a function.
+_CALLS_HOLD_JAXPRS = not hasattr(core, "CallPrimitive")
+
+
+def available(*names: str) -> tuple[Any, ...]:
+    """The primitives of these names; those that this version of JAX does not have are left out."""
+    return tuple(getattr(primitives, name) for name in names if hasattr(primitives, name))
+
 
 # Source lines are those of the user, not of this project.
 for _package in ("sharding", "spmd"):
@@ -57,7 +66,7 @@ def trace(fun: Callable, *avals: Any) -> Any:
 
 def dead_code_free(closed: Any) -> Any:
     jaxpr, _ = pe.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
-    return core.ClosedJaxpr(jaxpr, closed.consts)
+    return ClosedJaxpr(jaxpr, closed.consts)
 
 
 def as_fun(closed: Any) -> Callable:
@@ -73,11 +82,14 @@ def body_jaxpr(fun: Callable, args: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
 
 def closed(jaxpr: Any) -> Any:
     """A closed jaxpr from an open or a closed one."""
-    return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
+    return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
 
 
 def scan_counts(params: Any) -> tuple[int, int]:
     """(number of constants, number of carries) of a scan's parameters."""
+    if "ft_in" in params:  # from JAX 0.11 on, trees of (constants, carries, inputs)
+        consts, carries, _ = params["ft_in"].unpack()
+        return len(consts), len(carries)
     return params["num_consts"], params["num_carry"]
 
 
@@ -138,45 +150,55 @@ def checkpoint_params(params: Any) -> dict[str, Any]:
 remat_p = ad_checkpoint.remat_p
 
 
-class _Call(core.CallPrimitive):
-    """A call that every transformation (grad, vmap, remat, scan) maps onto its global jaxpr."""
-
-
 def call_primitive(name: str, lowering: Callable) -> Any:
-    """A call primitive whose differentiation and batching act on the global program.
+    """A call primitive whose differentiation and batching act on the global program: every
+    transformation (grad, vmap, remat, scan) maps onto its jaxpr.
 
     Args:
       name: the primitive's name.
       lowering: (call_jaxpr, params) -> traceable function of the flat operands.
     """
-    call_p = _Call(name)
-    call_p.def_impl(lambda fun, *args, **params: _call_eagerly(call_p, fun, args, params))
-    ad.primitive_transposes[call_p] = lambda *args, **kw: ad.call_transpose(call_p, *args, **kw)
-    pe.partial_eval_jaxpr_custom_rules[call_p] = lambda *args: pe.call_partial_eval_custom_rule(
-        "call_jaxpr", lambda *a: a[-2:], *args
-    )
-    pe.dce_rules[call_p] = pe.dce_jaxpr_call_rule
+    call_p = _jaxpr_call(name) if _CALLS_HOLD_JAXPRS else _function_call(name)
 
     def lower(ctx: Any, *operands: Any, call_jaxpr: Any, **params: Any) -> Any:
-        closed = core.ClosedJaxpr(call_jaxpr, ())
-        fun = lowering(closed, params)
+        fun = lowering(closed(call_jaxpr), params)
         return mlir.lower_fun(fun, multiple_results=True)(ctx, *operands)
 
     mlir.register_lowering(call_p, lower)
     return call_p
 
 
+def _jaxpr_call(name: str) -> Any:
+    call_p = getattr(extend_core, "create_call_primitive")(name)  # noqa: B009
+    call_p.def_impl(lambda *args, **params: _eagerly(lambda *xs: call_p.bind(*xs, **params), args))
+    return call_p
+
+
+def _function_call(name: str) -> Any:
+    call_p = core.CallPrimitive(name)
+
+    def run(fun: Any, *args: Any, **params: Any) -> Sequence[Any]:
+        return _eagerly(lambda *xs: call_p.bind(*xs, subfuns=(fun,), **params), args)
+
+    call_p.def_impl(run)
+    ad.primitive_transposes[call_p] = lambda *args, **kw: ad.call_transpose(call_p, *args, **kw)
+    pe.partial_eval_jaxpr_custom_rules[call_p] = lambda *args: pe.call_partial_eval_custom_rule(
+        "call_jaxpr", lambda *a: a[-2:], *args
+    )
+    pe.dce_rules[call_p] = pe.dce_jaxpr_call_rule
+    return call_p
+
+
+def _eagerly(run: Callable, args: Sequence[Any]) -> Sequence[Any]:
+    # Outside of jit (an eager backward pass, say) the call is compiled like any other program.
+    return jax.jit(run)(*args)
+
+
 def bind_call(call_p: Any, closed: Any, args: Sequence[Any], **params: Any) -> Sequence[Any]:
+    if _CALLS_HOLD_JAXPRS:
+        return call_p.bind(*args, call_jaxpr=closed, **params)
     fun = lu.wrap_init(jaxpr_as_fun(closed), debug_info=closed.jaxpr.debug_info)
     return call_p.bind(*args, subfuns=(fun,), **params)
-
-
-def _call_eagerly(call_p: Any, fun: Any, args: Sequence[Any], params: Any) -> Sequence[Any]:
-    # Outside of jit (an eager backward pass, say) the call is compiled like any other program.
-    def run(*xs: Any) -> Any:
-        return call_p.bind(*xs, subfuns=(fun,), **params)
-
-    return jax.jit(run)(*args)
 
 
 def identity_primitive(name: str, lowering: Callable, transposed: Callable) -> Any:

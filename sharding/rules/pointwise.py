@@ -31,7 +31,7 @@ UNARY = (
     p.erf_inv_p, p.erfc_p, p.exp_p, p.exp2_p, p.expm1_p, p.floor_p, p.integer_pow_p,
     p.is_finite_p, p.lgamma_p, p.log_p, p.log1p_p, p.logistic_p, p.not_p, p.population_count_p,
     p.reduce_precision_p, p.round_p, p.rsqrt_p, p.sign_p, p.sin_p, p.sinh_p, p.sqrt_p,
-    p.square_p, p.tan_p, p.tanh_p,
+    p.square_p, p.tan_p, p.tanh_p, *_jax.available("log2_p", "one_minus_square_p"),
 )  # fmt: skip
 
 NARY = (
@@ -63,6 +63,12 @@ register(*LINEAR_NARY)(_pointwise((0, 1)))
 def _mul(op: OpInfo) -> Rule:
     """Linear in either operand; never in both at once."""
     return pointwise_rule(*_shapes(op), linear=((0,), (1,)))
+
+
+@register(*_jax.available("polynomial_p"))
+def _polynomial(op: OpInfo) -> Rule:
+    """Linear in the coefficients together, which follow the variable."""
+    return pointwise_rule(*_shapes(op), linear=(tuple(range(1, len(op.in_avals))),))
 
 
 @register(p.div_p)

@@ -33,7 +33,8 @@ class Tensor(NamedTuple):
       itemsize: bytes per element.
       layouts: operand: layouts at hand, the first as it was made. result: the wanted one.
       readers: operand: how many operations are expected to read it in a layout, where more than
-        one; they share the cost of bringing it there. result: empty.
+        one; they share the cost of bringing it there. result: with how many others it is summed
+        before anything needs it whole; they share one reduction.
       used: result: whether anything reads it.
     """
 
@@ -265,7 +266,9 @@ def _cost(
         total = 0.0
     for layout, tensor in zip(made, results, strict=True):
         if tensor.used:
-            total += plan(layout, tensor.layouts[0], tensor.shape, tensor.itemsize, mesh).cost
+            wanted = tensor.layouts[0]
+            share = tensor.share(wanted) if layout.partial else 1.0
+            total += share * plan(layout, wanted, tensor.shape, tensor.itemsize, mesh).cost
         if total >= limit:
             return total
     for need, tensor in zip(needed, operands, strict=True):

@@ -11,6 +11,7 @@ from sharding.program import Op, Region, Value, describe
 from sharding.propagation import Propagated
 from sharding.rule import Kind, Port
 from sharding.spec import Layout, Sharding
+from spmd.partition.addends import Addends
 from spmd.partition.choose import Tensor, choose, expected, forced, makes, needs
 from spmd.partition.plan import (
     Assignment,
@@ -53,6 +54,7 @@ class _Planner:
         self.propagated, self.mesh = propagated, mesh
         self.uses = propagated.program.uses
         self.diagnostics: list[Diagnostic] = []
+        self.addends = Addends(propagated.program)
         self.refined: dict[Sharding, Layout] = {}
         self.expected: dict[int, tuple[tuple[Layout, int], ...]] = {}
 
@@ -129,6 +131,11 @@ class _Scope:
         readers = self.planner.readers(value) if self.planner.uses[value.id] > 1 else ()
         return Tensor(value.shape, _itemsize(value), tuple(self.layouts(value)), readers)
 
+    def result(self, value: Value, wanted: Layout) -> Tensor:
+        sharing = ((wanted, self.planner.addends.sharing(value)),)
+        used = self.planner.uses[value.id] > 0
+        return Tensor(value.shape, _itemsize(value), (wanted,), sharing, used)
+
     def compute(self, op: Op) -> None:
         rule = op.rule
         wanted = [self.planner.wanted(v) for v in op.outputs]
@@ -139,7 +146,7 @@ class _Scope:
             assignment = forced(rule, wanted[0], self.mesh)
         else:
             results = tuple(
-                Tensor(v.shape, _itemsize(v), (w,), (), self.planner.uses[v.id] > 0)
+                self.result(v, w)
                 for v, w in zip(op.outputs, wanted, strict=True)
             )
             assignment = choose(rule, operands, results, self.mesh)
