@@ -76,8 +76,13 @@ def as_fun(closed: Any) -> Callable:
 
 def body_jaxpr(fun: Callable, args: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
     """(open jaxpr, constants to pass before `args`) of `fun`, traced inside the current trace."""
-    closed = jax.make_jaxpr(fun)(*args)
-    return pe.convert_constvars_jaxpr(closed.jaxpr), closed.consts
+    body, consts = without_constants(jax.make_jaxpr(fun)(*args))
+    return body.jaxpr, consts
+
+
+def without_constants(closed: Any) -> tuple[Any, Sequence[Any]]:
+    """(closed jaxpr that takes its constants as its first arguments, the constants)."""
+    return ClosedJaxpr(pe.convert_constvars_jaxpr(closed.jaxpr), ()), closed.consts
 
 
 def closed(jaxpr: Any) -> Any:

@@ -217,8 +217,9 @@ class Function:
             results = _jax.as_fun(traced.program.closed)(*marked)
             return [_annotated(x, s) for x, s in zip(results, traced.out_specs, strict=True)]
 
-        leaves = [_on_mesh(x, self._options.mesh) for x in arguments.leaves]
-        closed = _jax.trace(run, *arguments.avals)
+        # What the function closes over may be traced too: as an argument it is differentiated.
+        closed, consts = _jax.without_constants(_jax.trace(run, *arguments.avals))
+        leaves = [_on_mesh(x, self._options.mesh) for x in (*consts, *arguments.leaves)]
         results = _jax.bind_call(spmd_call_p, closed, leaves, options=self._options)
         return jax.tree.unflatten(traced.out_tree, results)
 

@@ -96,7 +96,7 @@ def train_step(
     loss, grads = jax.value_and_grad(loss_of)(state.params)
     optimizer = make_optimizer(run.optimizer, run.train.steps)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     params = optax.apply_updates(state.params, updates)
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 

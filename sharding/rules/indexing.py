@@ -41,7 +41,7 @@ def _bounded(places: Any, low: Any, high: Any) -> Any:
 
 def _sum_monoid(dtype: Any) -> str:
     """The monoid under which one element and any number of zeros are that element; "" for keys."""
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
         return ""
     return "or" if dtype == jnp.bool_ else "add"
 
@@ -117,7 +117,7 @@ def _local_dynamic_update_slice(
     """Reads the part of the shard that the window may touch, and writes it back updated."""
     src, window = op.in_avals[0].shape, op.in_avals[1].shape
     places = [_bounded(s, 0, n - m) for s, n, m in zip(starts, src, window, strict=True)]
-    written = None
+    written: Any = None
     for d, (n, m) in enumerate(zip(src, window, strict=True)):
         if m == n or not ctx.axes(f"n{d}"):
             continue
@@ -172,8 +172,9 @@ def _gather(op: OpInfo) -> Rule:
             continue
         whole = sizes[d] == n
         found = bool(monoid) and sizes[d] == 1 and d in numbers.start_index_map
-        kind = (Kind.REDUCE, monoid) if found else (Kind.FIXED,)
-        left.append(factors.dim(f"w{d}", n) if whole else factors.dim(f"n{d}", n, *kind))
+        kind = Kind.REDUCE if found else Kind.FIXED
+        part = monoid if found else ""
+        left.append(factors.dim(f"w{d}", n) if whole else factors.dim(f"n{d}", n, kind, part))
         if d not in numbers.collapsed_slice_dims:
             windows.append(left[-1] if whole else factors.dim(f"s{d}", sizes[d], Kind.FIXED))
     vector = factors.dim("vector", indices.shape[-1], Kind.FIXED)
@@ -200,7 +201,7 @@ def _local_gather(ctx: Local, op: OpInfo, x: Any, indices: Any) -> Sequence[Any]
         indices = indices.astype(jnp.int32)  # as the whole gather does
     bounds = np.array([shape[d] - sizes[d] for d in numbers.start_index_map])
     start = _bounded(indices, 0, bounds)
-    legal = jnp.all(indices == start, axis=-1) if fills else None
+    legal: Any = jnp.all(indices == start, axis=-1)
     start, here = _shifted(ctx, numbers.start_index_map, start, x.shape)
     (out,) = ctx.bind(
         x, start, slice_sizes=local, mode=Mode.CLIP, fill_value=None, indices_are_sorted=False

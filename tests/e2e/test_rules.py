@@ -1,14 +1,11 @@
-"""Rules with `local` functions, against the unsharded primitive, on 8 devices.
+"""Rules of indexing, sorting, cumulation, random numbers and data flow.
 
-Every factor of an equation is sharded in turn, over one axis or two, evenly and not; what padding
-holds is poison, and so are the operands of reductions. Nothing but the rule decides here: neither
-propagation nor cost has a say.
+Every factor is sharded in turn, over one axis or two, evenly and not (see `rule_harness`).
 """
 
 import functools
-import random
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,148 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
-from sharding import _jax
-from sharding.mesh import MeshShape
-from sharding.program import Op, build
-from sharding.rule import Kind, Rule
-from sharding.rules import data_flow as _  # noqa: F401 (registers)
+import sharding.rules.data_flow  # noqa: F401 (registers its rules)
 from sharding.rules.random import local_counts
-from sharding.spec import Layout
-from spmd.partition.apply import apply, linear_index
-from spmd.partition.choose import Tensor, makes, needs
-from spmd.partition.local import LocalView
-from spmd.partition.plan import Assignment, Compute, Key
-from spmd.partition.reshard import plan
-
-MESH = MeshShape((("x", 2), ("y", 4)))
-DRAWS = 10  # assignments per equation
-
-
-def assignments(rule: Rule, adds: bool) -> list[Assignment]:
-    """Every factor over y; then a sample of all ways to give x and y to factors or carry x."""
-    free = [name for name, factor in rule.factors.items() if factor.kind is not Kind.FIXED]
-    found = [Assignment(((name, ("y",)),)) for name in free]
-    more = [Assignment(((a, ("x",)), (b, ("y",)))) for a in free for b in free if a != b]
-    more += [Assignment(((name, axes),)) for name in free for axes in (("x", "y"), ("y", "x"))]
-    carried = [Assignment((), ("x",)), *(Assignment(((n, ("y",)),), ("x",)) for n in free)]
-    rng = random.Random(0)
-    rng.shuffle(more)
-    if rule.linear and adds:
-        found += carried[:3]
-    return found + more[: max(4, DRAWS - len(found))]
-
-
-def ops_of(fun: Callable, args: Sequence[Any], names: set[str]) -> Iterator[tuple[Op, list, list]]:
-    """The equations of `fun` with these names, with their operands and results."""
-    program = build(_jax.trace(fun, *args))
-    env = {v.id: a for v, a in zip(program.body.inputs, args, strict=True)}
-    for value in program.body.consts:
-        env[value.id] = value.const
-    for op in program.body.ops:
-        operands = [env.get(v.id, v.const) for v in op.inputs]
-        operands = [
-            x if jnp.issubdtype(v.dtype, jax.dtypes.extended) else jnp.asarray(x, v.dtype)
-            for x, v in zip(operands, op.inputs, strict=True)
-        ]
-        with _jax.equation_context(op.eqn):
-            out = op.primitive.bind(*operands, **op.params)
-        results = list(out) if op.primitive.multiple_results else [out]
-        env |= {v.id: r for v, r in zip(op.outputs, results, strict=True)}
-        if op.primitive.name in names:
-            yield op, operands, results
-
-
-def laid_out(x: Any, layout: Layout, poison: Any) -> Any:
-    """The local part of a whole array: addends of 3 times it where partial, poison in padding."""
-    whole = Layout(((),) * x.ndim)
-    out = apply(
-        plan(whole, layout._replace(partial=()), x.shape, 4, MESH).steps, x, whole, x.shape, MESH
-    )
-    for axis, _ in layout.partial:
-        out = out * (linear_index((axis,), MESH) + 1).astype(out.dtype)
-    if jnp.issubdtype(x.dtype, jax.dtypes.extended):
-        return out
-    for d, axes in enumerate(layout.dims):
-        at = lax.broadcasted_iota(jnp.int32, out.shape, d) + linear_index(axes, MESH) * out.shape[d]
-        out = jnp.where(at < x.shape[d], out, jnp.resize(poison, out.shape))
-    return out
-
-
-def poison_of(dtype: Any, seed: int) -> Any:
-    """What padding holds: NaN; integers in and out of bounds; flags that are set."""
-    if jnp.issubdtype(dtype, jax.dtypes.extended):
-        return None
-    if jnp.issubdtype(dtype, jnp.inexact):
-        return np.array([np.nan], dtype)
-    if dtype == jnp.bool_:
-        return np.array([True])
-    drawn = np.random.default_rng(seed).integers(-3, 9, 37)
-    return np.abs(drawn).astype(dtype) if jnp.issubdtype(dtype, np.unsignedinteger) else (
-        drawn.astype(dtype)
-    )
-
-
-def run(op: Op, operands: Sequence[Any], drawn: Sequence[Assignment]) -> list[list[Any]]:
-    """Whole results of the equation under every assignment."""
-    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-
-    def one(assignment: Assignment, xs: Sequence[Any]) -> list[Any]:
-        carried = tuple((a, "add") for a in assignment.carried)
-        tensors = [
-            Tensor(v.shape, 4, (Layout(((),) * v.rank, carried if i in op.rule.linear[0] else ()),))
-            if carried else Tensor(v.shape, 4, (Layout(((),) * v.rank),))
-            for i, v in enumerate(op.inputs)
-        ]  # fmt: skip
-        need = needs(op.rule, assignment, tensors, MESH)
-        made = makes(op.rule, assignment, MESH)
-        keys = tuple(Key(v, n) for v, n in zip(op.inputs, need, strict=True))
-        outs = tuple(Key(v, m) for v, m in zip(op.outputs, made, strict=True))
-        parts = [
-            laid_out(x, n, poison_of(x.dtype, i)) for i, (x, n) in enumerate(zip(xs, need, strict=True))
-        ]
-        with _jax.equation_context(op.eqn):
-            results = LocalView(Compute(op, assignment, keys, outs), MESH).run(parts)
-        whole = []
-        for r, v, m in zip(results, op.outputs, made, strict=True):
-            assert r.shape == m.local_shape(v.shape, MESH), (op.rule, assignment)
-            assert r.dtype == v.dtype
-            target = Layout(((),) * v.rank)
-            whole.append(apply(plan(m, target, v.shape, 4, MESH).steps, r, m, v.shape, MESH))
-        return whole
-
-    def every(*xs: Any) -> list[list[Any]]:
-        # Every device's copy comes back: they must agree.
-        found = [one(assignment, xs) for assignment in drawn]
-        return jax.tree.map(lambda x: jnp.expand_dims(x, 0), found)
-
-    body = jax.shard_map(every, mesh=mesh, in_specs=P(), out_specs=P(("x", "y")), check_vma=False)
-    return jax.jit(body)(*operands)
-
-
-def check(fun: Callable, *args: Any, names: str, exact: bool = True) -> None:
-    wanted = set(names.split())
-    seen = set()
-    for op, operands, results in ops_of(fun, args, wanted):
-        seen.add(op.primitive.name)
-        drawn = assignments(op.rule, adds=jnp.issubdtype(results[0].dtype, jnp.number))
-        if not drawn:
-            continue
-        for assignment, found in zip(drawn, run(op, operands, drawn), strict=True):
-            for got, want in zip(found, results, strict=True):
-                if jnp.issubdtype(got.dtype, jax.dtypes.extended):
-                    got, want = jax.random.key_data(got), jax.random.key_data(want)
-                want = np.asarray(want) * (3 if assignment.carried else 1)
-                for copy in np.asarray(got):
-                    text = f"{op.primitive.name} {op.rule} under {assignment}"
-                    if exact:
-                        np.testing.assert_array_equal(copy, want, err_msg=text)
-                    else:
-                        np.testing.assert_allclose(copy, want, 2e-5, 1e-5, err_msg=text)
-    assert seen == wanted, f"{wanted - seen} not in the program"
-
+from tests.e2e.rule_harness import check_rules
 
 CASES: dict[str, tuple[Callable, tuple, str, bool]] = {}
 
@@ -185,6 +44,19 @@ def ids(*shape: int, n: int, dtype: str = "int32", low: int = -4, high: int = 4)
 MODES = ("clip", "fill", "promise_in_bounds")
 UNWRAPPED = {"wrap_negative_indices": False}
 
+
+
+def _rows(t: Any, i: Any, mode: str) -> Any:
+    """Rows of `t`, with the indices as they are: jax.numpy would convert them to int32 first."""
+    numbers = lax.GatherDimensionNumbers((1,), (0,), (0,))
+    return lax.gather(t, i[:, None], numbers, (1, t.shape[1]), mode=mode)
+
+
+def _add_rows(t: Any, i: Any, u: Any, mode: str) -> Any:
+    numbers = lax.ScatterDimensionNumbers((1,), (0,), (0,))
+    return lax.scatter_add(t, i[:, None], u, numbers, mode=mode)
+
+
 # gather
 for mode in MODES:
     for n in (8, 7, 2) if mode == "fill" else (7,):
@@ -208,11 +80,8 @@ for mode in MODES:
         lambda t, i, j, mode=mode: t.at[i, :, j].get(mode=mode, **UNWRAPPED),
         arr(7, 3, 6), ids(5, n=7), ids(5, n=6), names="gather",
     )  # fmt: skip
-    case(
-        f"gather-unsigned-{mode}",
-        lambda t, i, mode=mode: t.at[i].get(mode=mode, **UNWRAPPED),
-        arr(7), np.array([0, 6, 7, 3, 4_000_000_000, 2**31], np.uint32), names="gather",
-    )  # fmt: skip
+    case(f"gather-unsigned-{mode}", lambda t, i, mode=mode: _rows(t, i, mode), arr(7, 3),
+         np.array([0, 6, 7, 3, 4_000_000_000, 2**31], np.uint32), names="gather")  # fmt: skip
     case(
         f"gather-batched-{mode}",
         lambda t, i, mode=mode: jax.vmap(lambda a, b: a.at[b].get(mode=mode, **UNWRAPPED))(t, i),
@@ -221,6 +90,11 @@ for mode in MODES:
 case(
     "gather-fill-0",
     lambda t, i: t.at[i].get(mode="fill", fill_value=0, **UNWRAPPED),
+    arr(7, 6), ids(5, 3, n=7), names="gather",
+)  # fmt: skip
+case(
+    "gather-fill-5",
+    lambda t, i: t.at[i].get(mode="fill", fill_value=5, **UNWRAPPED),
     arr(7, 6), ids(5, 3, n=7), names="gather",
 )  # fmt: skip
 case(
@@ -261,7 +135,8 @@ for method in METHODS:
         where = np.array([3, -1, 6, 7, 0, 9]) if method == "set" else ids(6, n=7)
         if method == "set" and mode == "clip":
             where = np.array([3, -1, 5, 9, 1, 2])
-        case(f"{method}-rows-{mode}", _update(method, mode), arr(7, 5), where, arr(6, 5), names=name)
+        case(f"{method}-rows-{mode}", _update(method, mode), arr(7, 5), where, arr(6, 5),
+             names=name)  # fmt: skip
     if method in ("subtract", "min"):
         continue  # their code is that of add and max
     case(f"{method}-int", _update(method, "drop"), arr(8, 3, dtype="int32"),
@@ -290,11 +165,10 @@ case(
     ),
     arr(7, 6), np.array([[6], [-1], [2], [7]]), arr(4, 1, 6), names="scatter",
 )  # fmt: skip
-case(
-    "scatter-unsigned",
-    lambda t, i, u: t.at[i].add(u, mode="drop"),
-    arr(7), np.array([0, 6, 7, 3, 4_000_000_000], np.uint32), arr(5), names="scatter-add",
-)  # fmt: skip
+for mode in MODES:
+    case(f"scatter-unsigned-{mode}", lambda t, i, u, mode=mode: _add_rows(t, i, u, mode),
+         arr(7, 3), np.array([0, 6, 7, 3, 4_000_000_000], np.uint32), arr(5, 3),
+         names="scatter-add")  # fmt: skip
 case(
     "scatter-bool",
     lambda t, i, u: t.at[i].max(u), arr(7, dtype="bool"), ids(5, n=7), arr(5, dtype="bool"),
@@ -323,7 +197,8 @@ for start in (-2, 3, 20):
 case("dynamic-slice-bool", lambda t, s: lax.dynamic_slice(t, (s,), (3,)), arr(7, dtype="bool"),
      np.uint8(4), names="dynamic_slice")  # fmt: skip
 case("dynamic-update-int8", lambda t, u, s: lax.dynamic_update_slice(t, u, (s,)),
-     arr(200, dtype="int8"), arr(5, dtype="int8"), np.uint8(250), names="dynamic_update_slice")  # fmt: skip
+     arr(200, dtype="int8"), arr(5, dtype="int8"), np.uint8(250),
+     names="dynamic_update_slice")  # fmt: skip
 
 
 def _index_keys(data: Any, s: Any) -> Any:
@@ -336,7 +211,8 @@ case("dynamic-keys", _index_keys, arr(7, 2, dtype="uint32"), np.int32(3),
 
 # sorting
 case("sort", lambda a, b, c: lax.sort((a, b, c), dimension=1, num_keys=2), arr(5, 6, 3),
-     arr(5, 6, 3, dtype="int32"), np.arange(90, dtype=np.int32).reshape(5, 6, 3), names="sort")  # fmt: skip
+     arr(5, 6, 3, dtype="int32"), np.arange(90, dtype=np.int32).reshape(5, 6, 3),
+     names="sort")  # fmt: skip
 TIES = np.where(arr(5, 30) > 7, np.nan, np.where(arr(5, 30) < -6, -np.inf, arr(5, 30)))
 for k in (1, 3, 9):
     case(f"top-k-{k}", lambda t, k=k: lax.top_k(t, k), arr(5, 30), names="top_k")
@@ -406,23 +282,23 @@ case("device-put", lambda x, y: jax.device_put((x * 2, y)), arr(5, 3), arr(7), n
 @pytest.mark.parametrize("name", CASES)
 def test_rule_agrees_with_the_whole_primitive(name: str) -> None:
     fun, args, names, exact = CASES[name]
-    check(fun, *args, names=names, exact=exact)
+    check_rules(fun, *args, names=names, exact=exact)
 
 
 def test_64_bits() -> None:
     with jax.enable_x64(True):
-        check(lambda k: _bits(k, "uint64", (5, 7)), KEY, names="random_bits")
+        check_rules(lambda k: _bits(k, "uint64", (5, 7)), KEY, names="random_bits")
         wide = np.array([0, 6, 7, -1, 3, 2**32 + 1, -(2**40)])
         for mode in MODES:
-            check(lambda t, i, m=mode: t.at[i].get(mode=m, **UNWRAPPED), arr(7, 2), wide,
-                  names="gather")  # fmt: skip
-            check(_update("add", mode), arr(7, 2), wide, arr(7, 2), names="scatter-add")
+            check_rules(lambda t, i, m=mode: _rows(t, i, m), arr(7, 2), wide, names="gather")
+            check_rules(lambda t, i, u, m=mode: _add_rows(t, i, u, m), arr(7, 2), wide, arr(7, 2),
+                  names="scatter-add")  # fmt: skip
 
 
 def test_without_partitionable_threefry_only_keys_pass() -> None:
     with jax.threefry_partitionable(False):
         keys = arr(5, 2, dtype="uint32")
-        check(jax.vmap(lambda k: _bits(k, "uint16", (5,))), keys, names="random_bits")
+        check_rules(jax.vmap(lambda k: _bits(k, "uint16", (5,))), keys, names="random_bits")
 
 
 @pytest.mark.parametrize("shape", [(1 << 20, 1 << 14), (3, 1 << 33), (5, 1 << 30, 7), (6, 5)])
