@@ -1,5 +1,6 @@
 """The one file that touches `jax._src`, and the one place for switches between JAX versions."""
 
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -48,11 +49,11 @@ def available(*names: str) -> tuple[Any, ...]:
     return tuple(getattr(primitives, name) for name in names if hasattr(primitives, name))
 
 
-# Source lines are those of the user, not of this project.
-for _package in ("sharding", "spmd"):
-    source_info_util.register_exclusion(
-        os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), _package, "")
-    )
+# Source lines are those of the user, not of this project or of the libraries around the model.
+for _package in ("sharding", "spmd", "flax", "optax"):
+    _found = importlib.util.find_spec(_package)
+    for _folder in (_found.submodule_search_locations or ()) if _found else ():
+        source_info_util.register_exclusion(os.path.join(os.path.abspath(_folder), ""))
 
 register_lowering = mlir.register_lowering
 lower_fun = mlir.lower_fun

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sharding import _jax
 from sharding.errors import Problem, SpecError
 from sharding.mesh import MeshShape
-from sharding.rule import OpInfo, Rule, identity_rule, register
+from sharding.rule import OpInfo, Rule, identity_rule, register, replicated_rule
 from sharding.spec import DimSharding, Sharding, unknown_axis
 
 P = PartitionSpec
@@ -269,6 +269,17 @@ def _constraint_rule(op: OpInfo) -> Rule:
     dims = list(spec.dims) + [DimSpec()] * (len(shape) - len(spec.dims))
     dims = [DimSpec(open=True) if i in unconstrained else d for i, d in enumerate(dims)]
     return identity_rule(shape, Spec(tuple(dims)))
+
+
+@register(_jax.primitives.device_put_p)
+def _device_put_rule(op: OpInfo) -> Rule:
+    """`jax.device_put` inside a program: a NamedSharding is an annotation. Which devices hold what
+    is the partitioner's choice otherwise."""
+    if len(op.in_avals) != 1:
+        return replicated_rule(op)
+    shape, target = op.in_avals[0].shape, op.params["devices"][0]
+    spec = spec_of(target, len(shape)) if isinstance(target, NamedSharding) else None
+    return identity_rule(shape, spec)
 
 
 @register(_jax.reshard_p)

@@ -105,6 +105,7 @@ class Rule:
       local: what plain re-binding at local shapes cannot do.
       local_when: factors whose sharding calls for `local`; None: any of them.
       identity: the operand is the result: nothing is bound.
+      elementary: result i is operand i whatever the others are: each keeps the layout it has.
       masked: whether re-binding needs the padding of uneven REDUCE factors masked (default).
       early: pointwise, reshape, transpose and data-flow edges, which propagate first.
       expands: the result is a larger copy of the operand: operands hear of results early, results
@@ -121,6 +122,7 @@ class Rule:
     local: Callable[..., Sequence[Any]] | None = None
     local_when: frozenset[str] | None = None
     identity: bool = False
+    elementary: bool = False
     masked: bool = True
     early: bool = False
     expands: bool = False

@@ -113,8 +113,7 @@ class Sharding:
 
     def __str__(self) -> str:
         text = "[" + ", ".join(map(str, self.dims)) + "]"
-        if self.partial:
-            text += " partial{" + ", ".join(f"{a}:{m}" for a, m in self.partial) + "}"
+        text += _partial_text(self.partial)
         if self.pinned:
             text += " pinned{" + ", ".join(self.pinned) + "}"
         return text
@@ -146,7 +145,8 @@ class Layout(NamedTuple):
         return Layout(self.dims) if self.partial else self
 
     def __str__(self) -> str:
-        return str(Sharding(tuple(DimSharding(d) for d in self.dims), self.partial))
+        text = "[" + ", ".join("+".join(axes) or "-" for axes in self.dims) + "]"
+        return text + _partial_text(self.partial)
 
 
 @lru_cache(maxsize=65536)
@@ -179,6 +179,10 @@ def unknown_axis(name: str, mesh: MeshShape, what: str) -> Problem:
         f"the mesh has the axes {mesh}{did_you_mean(name, mesh.names)}",
         f"use a mesh axis, or map {name!r} to one with axis_rules=[({name!r}, ...)]",
     )
+
+
+def _partial_text(partial: tuple[tuple[str, str], ...]) -> str:
+    return " partial{" + ", ".join(f"{a}:{m}" for a, m in partial) + "}" if partial else ""
 
 
 def _parse_dim(part: str, text: str) -> DimSharding:

@@ -3,6 +3,7 @@
 from sharding.rules import contract as contract
 from sharding.rules import control as control
 from sharding.rules import cumulative as cumulative
+from sharding.rules import data_flow as data_flow
 from sharding.rules import indexing as indexing
 from sharding.rules import pointwise as pointwise
 from sharding.rules import random as random

@@ -105,8 +105,7 @@ def reshape_factors(
             elif b > 1:
                 new(b, right[j - 1], kind=Kind.FIXED)
                 done_b, b = done_b * b, 1
-            if done_a == done_b and a == 1 and b == 1:
-                blocked = False
+            blocked = not (done_a == done_b and a == 1 and b == 1)
             continue
         new(common, left[i - 1], right[j - 1])
         done_a, done_b = done_a * common, done_b * common

@@ -140,6 +140,9 @@ class _Scope:
         rule = op.rule
         wanted = [self.planner.wanted(v) for v in op.outputs]
         operands = tuple(self.tensor(v) for v in op.inputs)
+        if rule.elementary:
+            self.keep(op)
+            return
         if rule.annotation is not None or _made_from_nothing(op):
             assignment = forced(rule, wanted[0], self.mesh)
         elif rule.early and _agree(op, operands, wanted[0]):
@@ -151,6 +154,14 @@ class _Scope:
             )
             assignment = choose(rule, operands, results, self.mesh)
         self.emit(op, assignment, operands)
+
+    def keep(self, op: Op) -> None:
+        """Every operand passes as it is."""
+        reads = tuple(self.read(v, self.layouts(v)[0], op) for v in op.inputs)
+        results = tuple(Key(v, k.layout) for v, k in zip(op.outputs, reads, strict=True))
+        for value, layout in results:
+            self.at_hand.setdefault(value.id, []).append(layout)
+        self.code.append(Compute(op, Assignment(()), reads, results))
 
     def emit(self, op: Op, assignment: Assignment, operands: Sequence[Tensor]) -> None:
         needed = needs(op.rule, assignment, operands, self.mesh)

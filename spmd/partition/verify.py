@@ -70,7 +70,7 @@ def _region(region: RegionPlan, mesh: MeshShape, problems: list[Problem]) -> Non
         for key in instruction.results:
             _layout(key.value, key.layout, mesh, problems)
             known.add((key.value.id, key.layout))
-        if instruction.op.control is None:
+        if instruction.op.control is None and not instruction.op.rule.elementary:
             _compute(instruction, mesh, problems)
         for inner in instruction.regions:
             _region(inner, mesh, problems)

@@ -159,6 +159,21 @@ def test_transformations_of_a_partitioned_function() -> None:
     assert "all-reduce" in hlo
 
 
+def test_values_that_a_partitioned_function_closes_over_are_transformed() -> None:
+    def scaled(scale, wrap):
+        return wrap(lambda x: loss(params(), scale * x))(X)
+
+    def on_mesh(f):
+        return spmd.jit(f, mesh=MESH, in_shardings=P("data"))
+
+    want = jax.grad(lambda s: scaled(s, jax.jit))(2.0)
+    assert_close(jax.grad(lambda s: scaled(s, on_mesh))(2.0), want, 1e-5, "grad")
+    assert_close(jax.jit(jax.grad(lambda s: scaled(s, on_mesh)))(2.0), want, 1e-5, "jit of grad")
+    scales = jnp.array([1.0, 2.0])
+    want = jax.vmap(lambda s: scaled(s, jax.jit))(scales)
+    assert_close(jax.vmap(lambda s: scaled(s, on_mesh))(scales), want, 1e-5, "vmap")
+
+
 def test_donation_is_kept() -> None:
     function = spmd.jit(
         lambda state, x: (state + x, x.sum()), mesh=MESH, donate_argnums=(0,),
@@ -241,3 +256,25 @@ def test_the_ambient_mesh_and_a_decorator() -> None:
 def test_one_device_needs_no_collectives() -> None:
     partitioned = check(jax.grad(loss), (params(), X), make_mesh(data=1), (None, P("data")))
     assert partitioned.collectives == ()
+
+
+def test_recomputation_stays_recomputation() -> None:
+    """Bound without its original parameters, remat would be merged with the forward pass."""
+    def deep(w, x, wrap):
+        layer = wrap(lambda x, w: jnp.sin(jnp.sin(x @ w) @ w))
+        for _ in range(4):
+            x = layer(x, w)
+        return (x**2).sum()
+
+    def flops(wrap) -> float:
+        function = spmd.jit(
+            jax.grad(lambda w, x: deep(w, x, wrap)), mesh=MESH, in_shardings=(None, P("data"))
+        )
+        compiled = function.lower(jnp.ones((64, 64)), jnp.ones((512, 64))).compile()
+        return compiled.cost_analysis()["flops"]
+
+    traced = spmd.jit(jax.grad(lambda w, x: deep(w, x, jax.checkpoint)), mesh=MESH).lower(
+        jnp.ones((64, 64)), jnp.ones((512, 64))
+    )
+    assert traced.as_text().count("optimization_barrier") >= 4
+    assert flops(jax.checkpoint) > 1.2 * flops(lambda f: f)
