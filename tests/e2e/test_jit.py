@@ -266,15 +266,10 @@ def test_recomputation_stays_recomputation() -> None:
             x = layer(x, w)
         return (x**2).sum()
 
-    def flops(wrap) -> float:
-        function = spmd.jit(
-            jax.grad(lambda w, x: deep(w, x, wrap)), mesh=MESH, in_shardings=(None, P("data"))
-        )
-        compiled = function.lower(jnp.ones((64, 64)), jnp.ones((512, 64))).compile()
-        return compiled.cost_analysis()["flops"]
-
-    traced = spmd.jit(jax.grad(lambda w, x: deep(w, x, jax.checkpoint)), mesh=MESH).lower(
-        jnp.ones((64, 64)), jnp.ones((512, 64))
-    )
-    assert traced.as_text().count("optimization_barrier") >= 4
-    assert flops(jax.checkpoint) > 1.2 * flops(lambda f: f)
+    fun = jax.grad(lambda w, x: deep(w, x, jax.checkpoint))
+    args = jnp.ones((64, 64)), jnp.ones((512, 64))
+    ours = spmd.jit(fun, mesh=MESH, in_shardings=(None, P("data"))).lower(*args).as_text()
+    theirs = jax.jit(fun).lower(*args).as_text()
+    # What the compiler makes of a barrier is its own affair (XLA on CPU drops them, for both).
+    for operation in ("stablehlo.optimization_barrier", "stablehlo.dot_general"):
+        assert ours.count(operation) == theirs.count(operation) > 0, operation
