@@ -20,8 +20,10 @@ CALLS, ROUNDS = 60, 15
 
 
 def measure(count: int) -> tuple[float, float]:
-    """Seconds per call of `jax.jit` and of `spmd.jit` for `count` arguments; the least of several rounds,
-    since other work on the machine can only add."""
+    """Seconds per call of `jax.jit` and of `spmd.jit` for `count` arguments.
+
+    The least of several rounds: other work on the machine can only add.
+    """
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     args = tuple(jax.device_put(jnp.ones(8), sharding) for _ in range(count))

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.extend.core as extend_core
-from jax._src import ad_checkpoint, api_util, core, source_info_util, state
+from jax._src import ad_checkpoint, api_util, core, hijax, source_info_util, state
 from jax._src import pjit as _pjit
 from jax._src import random as _random
 from jax._src.core import Literal as Literal
@@ -28,6 +28,8 @@ stack_p = _lax.stack_p
 unstack_p = _lax.unstack_p
 tile_p = _lax.tile_p
 mulhi_p = _lax.mulhi_p
+empty_p = _lax.empty_p
+empty2_p = _lax.empty2_p
 optimization_barrier_p = _lax.optimization_barrier_p
 scatter_sub_p = _slicing.scatter_sub_p
 random_wrap_p = _prng.random_wrap_p
@@ -89,6 +91,16 @@ def without_constants(closed: Any) -> tuple[Any, Sequence[Any]]:
 def closed(jaxpr: Any) -> Any:
     """A closed jaxpr from an open or a closed one."""
     return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
+
+
+# What searchsorted, frexp and others are before they are lowered; more of them in later versions.
+high_level_p = hijax.call_hi_primitive_p
+
+
+def expansion(params: Any) -> Any:
+    """Closed jaxpr of what a high-level primitive stands for."""
+    prim = params["_prim"]
+    return jax.make_jaxpr(lambda *xs: high_level_p.to_lojax(*xs, _prim=prim))(*prim.in_avals_flat)
 
 
 def scan_counts(params: Any) -> tuple[int, int]:

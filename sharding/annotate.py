@@ -152,7 +152,8 @@ def resolve(
             found[d, i] = ()
             continue
         if name not in mesh.names:
-            problems.append(unknown_axis(name, mesh, what))
+            named = tuple(dict.fromkeys(rule_name for rule_name, _ in rules))
+            problems.append(unknown_axis(name, mesh, what, named))
         elif any((name,) == axes for axes in found.values()):
             problems.append(_twice(name, spec, what))
         found[d, i] = (name,)

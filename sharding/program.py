@@ -44,7 +44,8 @@ class Value:
 
 @dataclass(eq=False)
 class Op:
-    """One equation. `regions` is empty but for control flow."""
+    """One equation. `regions` is empty but for control flow; `caller` is the source line of the
+    call that it was inlined from."""
 
     index: int
     primitive: Any
@@ -53,6 +54,7 @@ class Op:
     outputs: tuple[Value, ...]
     eqn: Any
     regions: tuple["Region", ...] = ()
+    caller: str = ""
 
     @property
     def in_avals(self) -> Sequence[Any]:
@@ -67,8 +69,9 @@ class Op:
 
     @cached_property
     def source(self) -> str:
-        """`file.py:line (function)` in the user's code."""
-        return _jax.source_of(self.eqn)
+        """`file.py:line (function)` in the user's code; of the call it was inlined from where the
+        equation itself was traced in a library."""
+        return _jax.source_of(self.eqn) or self.caller
 
     @cached_property
     def rule(self) -> Rule:
@@ -189,17 +192,17 @@ class _Builder:
         self.values.append(value)
         return value
 
-    def region(self, closed: Any, in_names: list[str]) -> Region:
+    def region(self, closed: Any, in_names: list[str], caller: str = "") -> Region:
         jaxpr = closed.jaxpr
         in_names += [""] * (len(jaxpr.invars) - len(in_names))
         inputs = [self.value(v.aval, n) for v, n in zip(jaxpr.invars, in_names, strict=True)]
         consts: list[Value] = []
         ops: list[Op] = []
-        outputs = self.equations(closed, inputs, ops, consts)
+        outputs = self.equations(closed, inputs, ops, consts, caller)
         return Region(tuple(inputs), tuple(outputs), tuple(ops), tuple(consts))
 
     def equations(
-        self, closed: Any, args: Sequence[Value], ops: list[Op], consts: list[Value]
+        self, closed: Any, args: Sequence[Value], ops: list[Op], consts: list[Value], caller: str
     ) -> list[Value]:
         """Appends the equations of `closed`, applied to `args`, and returns its results."""
         jaxpr = closed.jaxpr
@@ -217,19 +220,26 @@ class _Builder:
             inputs = [read(atom) for atom in eqn.invars]
             inline = REGISTRY.inlined.get(eqn.primitive)
             if inline is not None:
-                outputs = self.equations(inline(eqn.params), inputs, ops, consts)
+                with _jax.at_source(eqn):  # the body may be traced only now
+                    body = inline(eqn.params)
+                outputs = self.equations(
+                    body, inputs, ops, consts, _jax.source_of(eqn) or caller
+                )
             else:
-                outputs = self.op(eqn, inputs, ops)
+                outputs = self.op(eqn, inputs, ops, caller)
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def op(self, eqn: Any, inputs: list[Value], ops: list[Op]) -> list[Value]:
+    def op(self, eqn: Any, inputs: list[Value], ops: list[Op], caller: str) -> list[Value]:
         outputs = [self.value(var.aval) for var in eqn.outvars]
         op = Op(self.count, eqn.primitive, eqn.params, tuple(inputs), tuple(outputs), eqn)
+        op.caller = caller
         self.count += 1
         control = REGISTRY.controls.get(eqn.primitive)
         if control is not None:
-            op.regions = tuple(self.region(body, []) for body in control.bodies(eqn.params))
+            op.regions = tuple(
+                self.region(body, [], op.source) for body in control.bodies(eqn.params)
+            )
         for value in outputs:
             value.op = op
         ops.append(op)
@@ -295,11 +305,25 @@ def _missing_rule(primitive: Any, ops: Sequence[Op]) -> Problem:
     op = ops[0]
     size = sum(value_bytes(v) for v in (*op.inputs, *op.outputs))
     more = f" and {len(ops) - 1} more" if len(ops) > 1 else ""
-    rank = " ".join("abcdefgh"[: op.inputs[0].rank]) if op.inputs else ""
+    text = _rule_text(op)
     return Problem(
         f"primitive {primitive.name!r} at {op.source or 'unknown source'}{more} has no rule",
         "without one its partitioning cannot be inferred; running it replicated would hold "
         f"{size:,} bytes of operands and results on every device",
-        f'register sharding.rule("{rank} -> {rank}")({primitive.name}_p) with the dims that pass '
+        f'register sharding.rule("{text}")({primitive.name}_p) with the dims that pass '
         'through, or accept the cost with fallback="replicate"',
     )
+
+
+def _rule_text(op: Op) -> str:
+    """A first guess at the rule: dims of operands get letters, a result of an operand's shape its."""
+    letters = iter("abcdefghijklmnopqrstuvwxyz" * 4)
+    named: dict[tuple[int, ...], str] = {}
+
+    def dims(value: Value) -> str:
+        if value.shape not in named:
+            named[value.shape] = " ".join(next(letters) for _ in value.shape)
+        return named[value.shape]
+
+    sides = [", ".join(map(dims, values)) for values in (op.inputs, op.outputs)]
+    return f"{sides[0]} -> {sides[1]}"

@@ -173,10 +173,15 @@ def check_axes(sharding: Sharding, mesh: MeshShape, what: str) -> list[Problem]:
     ]
 
 
-def unknown_axis(name: str, mesh: MeshShape, what: str) -> Problem:
+def unknown_axis(
+    name: str, mesh: MeshShape, what: str, logical: tuple[str, ...] = ()
+) -> Problem:
+    """A name that is neither an axis of the mesh nor one of the `logical` names with a rule."""
+    close = did_you_mean(name, (*mesh.names, *logical))
+    rules = f" and axis_rules names {', '.join(logical)}" if logical else ""
     return Problem(
         f"{what} names axis {name!r}",
-        f"the mesh has the axes {mesh}{did_you_mean(name, mesh.names)}",
+        f"the mesh has the axes {mesh}{rules}{close}",
         f"use a mesh axis, or map {name!r} to one with axis_rules=[({name!r}, ...)]",
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sharding import _jax
 from sharding.annotate import DimSpec, Spec, normalise_rules, shard_p, spec_of
@@ -121,7 +121,14 @@ def checked_mesh(mesh: Any) -> Any:
     shape = MeshShape.of(mesh)
     if isinstance(mesh, (MeshShape, dict)):
         return AbstractMesh(tuple(n for _, n in shape.axes), shape.names)
-    return mesh
+    # The types of axes (Explicit is what `jax.make_mesh` gives) say who decides about shardings:
+    # here it is always this compiler.
+    automatic = (AxisType.Auto,) * len(shape.axes)
+    if isinstance(mesh, AbstractMesh):
+        return AbstractMesh(tuple(n for _, n in shape.axes), shape.names, axis_types=automatic)
+    if tuple(mesh.axis_types) == automatic:
+        return mesh
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=automatic)
 
 
 class Function:
@@ -276,7 +283,7 @@ def _lower_call(closed: Any, params: dict[str, Any]) -> Callable:
     closed = _jax.dead_code_free(closed)
     program = build(closed)
     program.check_rules(options.fallback)
-    annotations = annotations_in(program, options.mesh_shape, ())
+    annotations = annotations_in(program, options.mesh_shape, options.axis_rules)
     result = propagate(program, options.mesh_shape, annotations)
     arguments = Arguments(tuple(v.aval for v in program.body.inputs), None, (), (), ())
     traced = stages.Traced(

@@ -3,6 +3,8 @@
 Frozen objects in the manner of `jax.stages`: each prints, and each makes the next.
 """
 
+import inspect
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -174,9 +176,16 @@ class Partitioned:
         """A traceable function of flat *global* arrays: the per-device program in shard_map."""
         ins = tuple(boundary.partition_spec(layout) for layout in self.plan.body.inputs)
         outs = tuple(boundary.partition_spec(key.layout) for key in self.plan.body.outputs)
-        return jax.shard_map(
+        mapped = jax.shard_map(
             per_device(self.plan), mesh=self.mesh, in_specs=ins, out_specs=outs, check_vma=False
         )
+
+        def run(*args: Any) -> tuple[Any, ...]:
+            # Whatever mesh the caller has set, with whatever types of axes, the program's counts.
+            with jax.sharding.use_abstract_mesh(_abstract(self.mesh)):
+                return mapped(*args)
+
+        return run
 
     @cached_property
     def jaxpr(self) -> Any:
@@ -236,7 +245,7 @@ class Partitioned:
         annotated = {str(v) for v, s in self.propagated.traced.annotations}
         for diagnostic in (*self.propagated._inputs[1], *self.propagated._outputs[1]):
             if diagnostic.value in annotated:
-                warnings.warn(str(diagnostic), ShardingWarning, stacklevel=4)
+                warnings.warn(str(diagnostic), ShardingWarning, stacklevel=_stacklevel())
 
     def __str__(self) -> str:
         lines = [str(self.plan), "collectives"]
@@ -332,6 +341,19 @@ class Compiled:
         return self.as_text()
 
 
+def _abstract(mesh: Any) -> AbstractMesh:
+    return mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
+
+
+def _stacklevel() -> int:
+    """Of the first frame outside of this package, seen from the caller."""
+    package = os.path.dirname(__file__)
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_code.co_filename.startswith(package):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def trace(fun: Callable, arguments: Arguments, options: Options) -> Traced:
     """Traces `fun` for the arguments of one call, and resolves every annotation.
 
@@ -347,7 +369,8 @@ def trace(fun: Callable, arguments: Arguments, options: Options) -> Traced:
         out_tree.append(tree)
         return results
 
-    closed = _jax.trace(flat, *arguments.avals)
+    with jax.sharding.use_abstract_mesh(_abstract(options.mesh)):
+        closed = _jax.trace(flat, *arguments.avals)
     program = build(closed, arguments.names, output_names(out_tree[-1]))
     program.check_rules(options.fallback)
     annotations, out_specs = resolve_all(program, arguments, out_tree[-1], options)

@@ -148,6 +148,17 @@ def _local_iota(ctx: Local, op: OpInfo, *operands: Any) -> Sequence[Any]:
     return [iota + ctx.offset(f"d{d}").astype(dtype)]
 
 
+@register(_jax.empty_p, _jax.empty2_p)
+def _empty(op: OpInfo) -> Rule:
+    """Memory of any content: every shard has its own."""
+    shape = op.out_avals[0].shape
+    dims = names("d", len(shape))
+    return Rule(
+        (), (_singles(dims),), {d: Factor(n) for d, n in zip(dims, shape, strict=True)},
+        resize=(("shape", 0),) if "shape" in op.params else (),
+    )  # fmt: skip
+
+
 def _dims_fixed_where(op: OpInfo, fixed: Sequence[bool], linear: tuple = ((0,),)) -> Rule:
     """Dims shared one to one by operand 0 and result 0; those in `fixed` are two FIXED factors."""
     src, dst = op.in_avals[0].shape, op.out_avals[0].shape

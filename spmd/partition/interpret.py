@@ -36,7 +36,8 @@ def _region(region: RegionPlan, mesh: MeshShape, args: Sequence[Any]) -> list[An
     for instruction in region.code:
         if isinstance(instruction, Move):
             x = read(Key(instruction.value, instruction.src))
-            with _at(instruction.reason):
+            # At the boundary no operation asks for it: it belongs to the one that made the value.
+            with _at(instruction.reason or instruction.value.op):
                 x = apply(
                     instruction.plan.steps, x, instruction.src, instruction.value.shape, mesh
                 )

@@ -69,7 +69,7 @@ class LocalView:
         for name, result in self.rule.resize:
             if name not in changed:
                 params[name] = self.local_out(result)
-        out = self.op.primitive.bind(*operands, **params)
+        out = self.op.primitive.bind(*operands, **self.op.primitive.get_bind_params(params))
         return out if self.op.primitive.multiple_results else [out]
 
     def run(self, operands: Sequence[Any]) -> Sequence[Any]:

@@ -89,10 +89,10 @@ class Diagnostic:
     """Something the partitioner did that the user may not expect.
 
     Attributes:
-      kind: boundary (uneven argument or result), padding, gather.
+      kind: boundary (uneven argument or result), gather.
       value: what it happened to, as its user knows it.
       text: what was done and what it costs.
-      bytes: wire bytes per device, or bytes of padding.
+      bytes: gather: wire bytes per device; boundary: bytes held per device.
       source: source line of the operation.
     """
 

@@ -16,7 +16,19 @@ SKIPPED_DIRECTORIES = {"__pycache__", "build", "dist"}
 
 
 def repository_files() -> list[pathlib.Path]:
-    """Files of the repository; of the directories that start with a dot, .ci only."""
+    """Files of the repository: what git tracks or would track, so that no run's output counts."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if listed.returncode == 0:
+        paths = [ROOT / line for line in listed.stdout.splitlines()]
+        return sorted(path for path in paths if path.is_file())
+    return unpacked_files()
+
+
+def unpacked_files() -> list[pathlib.Path]:
+    """Files of a source archive; of the directories that start with a dot, .ci only."""
     found = []
     for directory, names, files in os.walk(ROOT):
         names[:] = [
