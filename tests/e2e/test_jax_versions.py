@@ -48,6 +48,7 @@ def test_functions_that_may_be_high_level_primitives(function) -> None:
 
 def test_high_level_primitives_are_expanded_after_differentiation() -> None:
     """frexp has a derivative of its own; the bit operations it stands for have none."""
+
     def loss(x):
         mantissa, _ = jnp.frexp(x)
         return (mantissa**2).sum()
