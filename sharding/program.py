@@ -316,7 +316,7 @@ def _missing_rule(primitive: Any, ops: Sequence[Op]) -> Problem:
 
 
 def _rule_text(op: Op) -> str:
-    """A first guess at the rule: dims of operands get letters, a result of an operand's shape its."""
+    """A first guess at the rule: a letter per dim; arrays of one shape share their letters."""
     letters = iter("abcdefghijklmnopqrstuvwxyz" * 4)
     named: dict[tuple[int, ...], str] = {}
 

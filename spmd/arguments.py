@@ -134,7 +134,7 @@ def output_names(tree: Any) -> list[str]:
 def _name(path: Sequence[Any], names: Sequence[str]) -> str:
     which, first, rest = path[0], path[1], tuple(path[2:])
     if which.idx == 0:
-        return names[first.idx] + jax.tree_util.keystr(rest)
+        return f"{names[first.idx]}{jax.tree_util.keystr(rest)}"
     return f"{first.key}{jax.tree_util.keystr(rest)}"
 
 

@@ -7,7 +7,7 @@ of its axes that divides it evenly; inside the program it is padded and sharded 
 from collections.abc import Sequence
 from typing import Any
 
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sharding.mesh import MeshShape, axes_size
 from sharding.program import Value, value_bytes
@@ -56,9 +56,10 @@ def refined_jax_mesh(mesh: Any, refined: MeshShape) -> Any:
     if tuple(mesh.axis_names) == refined.names:
         return mesh
     sizes = tuple(size for _, size in refined.axes)
+    automatic = (AxisType.Auto,) * len(sizes)
     if isinstance(mesh, AbstractMesh):
-        return AbstractMesh(sizes, refined.names)
-    return Mesh(mesh.devices.reshape(sizes), refined.names)
+        return AbstractMesh(sizes, refined.names, axis_types=automatic)
+    return Mesh(mesh.devices.reshape(sizes), refined.names, axis_types=automatic)
 
 
 def _shortened(

@@ -119,12 +119,10 @@ def checked_mesh(mesh: Any) -> Any:
                 )
             )
     shape = MeshShape.of(mesh)
-    if isinstance(mesh, (MeshShape, dict)):
-        return AbstractMesh(tuple(n for _, n in shape.axes), shape.names)
     # The types of axes (Explicit is what `jax.make_mesh` gives) say who decides about shardings:
     # here it is always this compiler.
     automatic = (AxisType.Auto,) * len(shape.axes)
-    if isinstance(mesh, AbstractMesh):
+    if isinstance(mesh, (AbstractMesh, MeshShape, dict)):
         return AbstractMesh(tuple(n for _, n in shape.axes), shape.names, axis_types=automatic)
     if tuple(mesh.axis_types) == automatic:
         return mesh

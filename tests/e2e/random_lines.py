@@ -1,10 +1,10 @@
-"""The kinds of lines that random programs are made of: one function each, drawn by `Writer.step`."""
+"""The kinds of lines that random programs are made of, one function each."""
 
 from typing import Any
 
 import jax.numpy as jnp
 
-from tests.e2e.random_case import Skip, Writer, first_of
+from tests.e2e.random_case import MAX_ELEMENTS, Skip, Writer, first_of
 
 
 def unary(w: Writer) -> None:
@@ -58,7 +58,8 @@ def integers(w: Writer) -> None:
 def logic(w: Writer) -> None:
     a = w.pick(lambda v: v.dtype == jnp.bool_)
     op = w.rng.choice(("~{a}", "{a} & {b}", "{a} | {b}", "{a} ^ {b}", "jnp.all({a})",
-                       "jnp.any({a})", "jnp.any({a}, axis=0)", "jnp.all({a}, axis=-1)", "jnp.sum({a}, axis=0)"))
+                       "jnp.any({a})", "jnp.any({a}, axis=0)", "jnp.all({a}, axis=-1)",
+                       "jnp.sum({a}, axis=0)"))
     if w.scope[a].ndim == 0:
         raise Skip
     w.add(op.format(a=a, b=w.like(a)), True)

@@ -28,7 +28,7 @@ import numpy as np
 
 from sharding import shard
 from sharding.errors import ShardingWarning
-from tests.e2e.random_case import NAMES, SIZES, Case, Writer, tame_lines, without_dead_lines
+from tests.e2e.random_case import NAMES, Case, Writer, tame_lines, without_dead_lines
 from tests.e2e.random_lines import KINDS
 from tests.oracle import P, check, draw_spec, make_mesh
 
@@ -110,7 +110,8 @@ def smaller(case: Case) -> Iterator[Case]:
         inputs = {**case.inputs, **{n: values[n] for n in names}}
         lines = case.lines[:at] + case.lines[at + 1 :]
         yield without_dead_lines(
-            replace(case, inputs=inputs, lines=lines, in_specs=case.in_specs + (None,) * len(names)))
+            replace(case, inputs=inputs, lines=lines,
+                    in_specs=case.in_specs + (None,) * len(names)))
     used = set(case.outputs) | {n for _, text in case.lines for n in re.findall(r"\bv\d+\b", text)}
     for i, name in enumerate(case.inputs):
         if name not in used and len(case.inputs) > 1:
