@@ -4,11 +4,12 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import jax
 import jax.extend.core as extend_core
-from jax._src import ad_checkpoint, api_util, core, hijax, source_info_util, state
+from jax._src import ad_checkpoint, api_util, config, core, hijax, source_info_util, state
 from jax._src import pjit as _pjit
 from jax._src import random as _random
 from jax._src.core import Literal as Literal
@@ -168,15 +169,29 @@ def checkpoint_params(params: Any) -> dict[str, Any]:
 remat_p = ad_checkpoint.remat_p
 
 
-def call_primitive(name: str, lowering: Callable) -> Any:
+_PYTHON_SCALARS = (int, float, complex)
+
+
+def weak_types(args: Any) -> tuple[bool, ...]:
+    """Per leaf, whether its dtype gives way to others: Python scalars and what is made of them."""
+    return tuple(
+        type(x) in _PYTHON_SCALARS or getattr(x, "weak_type", False) for x in jax.tree.leaves(args)
+    )
+
+
+trace_context = config.trace_context
+
+
+def call_primitive(name: str, lowering: Callable, place: Callable) -> Any:
     """A call primitive whose differentiation and batching act on the global program: every
     transformation (grad, vmap, remat, scan) maps onto its jaxpr.
 
     Args:
       name: the primitive's name.
       lowering: (call_jaxpr, params) -> traceable function of the flat operands.
+      place: (params, x) -> x on the devices that the call runs on.
     """
-    call_p = _jaxpr_call(name) if _CALLS_HOLD_JAXPRS else _function_call(name)
+    call_p = (_jaxpr_call if _CALLS_HOLD_JAXPRS else _function_call)(name, place)
 
     def lower(ctx: Any, *operands: Any, call_jaxpr: Any, **params: Any) -> Any:
         fun = lowering(closed(call_jaxpr), params)
@@ -186,17 +201,22 @@ def call_primitive(name: str, lowering: Callable) -> Any:
     return call_p
 
 
-def _jaxpr_call(name: str) -> Any:
+def _jaxpr_call(name: str, place: Callable) -> Any:
     call_p = getattr(extend_core, "create_call_primitive")(name)  # noqa: B009
-    call_p.def_impl(lambda *args, **params: _eagerly(lambda *xs: call_p.bind(*xs, **params), args))
+    call_p.def_impl(
+        lambda *args, **params: _eagerly(
+            lambda *xs: call_p.bind(*xs, **params), args, partial(place, params)
+        )
+    )
     return call_p
 
 
-def _function_call(name: str) -> Any:
+def _function_call(name: str, place: Callable) -> Any:
     call_p = core.CallPrimitive(name)
 
     def run(fun: Any, *args: Any, **params: Any) -> Sequence[Any]:
-        return _eagerly(lambda *xs: call_p.bind(*xs, subfuns=(fun,), **params), args)
+        bind = lambda *xs: call_p.bind(*xs, subfuns=(fun,), **params)  # noqa: E731
+        return _eagerly(bind, args, partial(place, params))
 
     call_p.def_impl(run)
     ad.primitive_transposes[call_p] = lambda *args, **kw: ad.call_transpose(call_p, *args, **kw)
@@ -207,9 +227,9 @@ def _function_call(name: str) -> Any:
     return call_p
 
 
-def _eagerly(run: Callable, args: Sequence[Any]) -> Sequence[Any]:
+def _eagerly(run: Callable, args: Sequence[Any], place: Callable) -> Sequence[Any]:
     # Outside of jit (an eager backward pass, say) the call is compiled like any other program.
-    return jax.jit(run)(*args)
+    return jax.jit(lambda *xs: [place(y) for y in run(*map(place, xs))])(*args)
 
 
 def bind_call(call_p: Any, closed: Any, args: Sequence[Any], **params: Any) -> Sequence[Any]:

@@ -204,7 +204,7 @@ class _Propagation:
                 continue
             self.open[value.id][d] = dim.open
             current = self.dims[value.id][d]
-            more = extension(current, dim.axes, self.mesh) if value.shape[d] != 1 else ()
+            more = extension(current, dim.axes, self.mesh) if value.shape[d] > 1 else ()
             if more:
                 self.extend(value, d, current + more)
                 self.events.append(Event(value.id, d, more, -1, -1, str(value), 0))

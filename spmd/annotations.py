@@ -45,16 +45,22 @@ def resolve_all(
     return every, tuple(out_specs)
 
 
+def given_entries(arguments: Arguments, options: Options) -> list[Any]:
+    """Per flat argument, its entry of `in_shardings`, or None."""
+    given: list[Any] = [None] * len(arguments.leaves)
+    if options.in_shardings is not None:
+        args, _ = jax.tree.unflatten(arguments.tree, arguments.leaves)
+        prefix = options.in_shardings
+        prefix = tuple(prefix) if isinstance(prefix, list) else prefix
+        entries = broadcast(prefix, args, "in_shardings")
+        given[: len(entries)] = entries
+    return given
+
+
 def _given_inputs(
     program: Program, arguments: Arguments, options: Options, problems: list[Problem]
 ) -> list[tuple[Value, Sharding]]:
-    args, _ = jax.tree.unflatten(arguments.tree, arguments.leaves)
-    given: list[Any] = [None] * len(arguments.leaves)
-    if options.in_shardings is not None:
-        prefix = options.in_shardings
-        prefix = tuple(prefix) if isinstance(prefix, list) else prefix
-        count = len(jax.tree.leaves(args))
-        given[:count] = broadcast(prefix, args, "in_shardings")
+    given = given_entries(arguments, options)
     found = []
     values = program.body.inputs
     for value, entry, own in zip(values, given, arguments.specs, strict=True):

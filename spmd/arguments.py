@@ -39,8 +39,24 @@ class Arguments:
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
-        """What a traced program depends on; `specs` besides, for its partitioning."""
-        return self.avals, self.tree, self.static
+        """What a traced program depends on; `specs` besides, for its partitioning.
+
+        Raises:
+          ArgumentError: a static argument is not hashable.
+        """
+        for where, value in self.static:
+            try:
+                hash(value)
+            except TypeError:
+                raise ArgumentError(_unhashable(where, value)) from None
+        # 2 == 2.0, but they make different programs.
+        static = tuple((where, type(value), value) for where, value in self.static)
+        return self.avals, self.tree, static
+
+    @property
+    def keywords(self) -> bool:
+        """Whether there are dynamic keyword arguments."""
+        return bool(jax.tree.unflatten(self.tree, self.leaves)[1])
 
 
 def flatten(
@@ -101,10 +117,14 @@ def broadcast(prefix: Any, tree: Any, what: str) -> list[Any]:
             Problem(
                 f"{what} has structure {jax.tree.structure(prefix, is_leaf=_is_entry)}",
                 f"it must be a prefix of {jax.tree.structure(tree)}: {error}",
-                f"give {what} one entry per argument, or one for all of them",
+                f"give {what} one entry per {_part(what)}, or one for all of them",
             )
         ) from None
     return found
+
+
+def _part(what: str) -> str:
+    return "positional argument" if what == "in_shardings" else "result"
 
 
 def parameter_names(fun: Callable, count: int) -> list[str]:
@@ -136,6 +156,15 @@ def _name(path: Sequence[Any], names: Sequence[str]) -> str:
     if which.idx == 0:
         return f"{names[first.idx]}{jax.tree_util.keystr(rest)}"
     return f"{first.key}{jax.tree_util.keystr(rest)}"
+
+
+def _unhashable(where: int | str, value: Any) -> Problem:
+    name = f"static argument {where!r}"
+    return Problem(
+        f"{name} is {value!r}, a {type(value).__name__}",
+        "a static argument is part of what a program is compiled for, and must be hashable",
+        "pass a tuple, a string, a number or a frozen object, or do not make it static",
+    )
 
 
 def _is_entry(x: Any) -> bool:

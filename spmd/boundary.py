@@ -33,7 +33,7 @@ def even_prefix(axes: tuple[str, ...], n: int, mesh: MeshShape) -> tuple[str, ..
     """The longest prefix of whole axes whose product divides n."""
     kept: tuple[str, ...] = ()
     for axis in axes:
-        if ":" in axis or n % axes_size(mesh, (*kept, axis)):
+        if n == 0 or ":" in axis or n % axes_size(mesh, (*kept, axis)):
             break
         kept += (axis,)
     return kept

@@ -6,7 +6,9 @@ transformation (grad, vmap, jit, scan ...) the call binds a primitive that holds
 program: the transformation acts on that, and partitioning happens when it is lowered.
 """
 
+import dataclasses
 import functools
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,14 +16,15 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sharding import _jax
-from sharding.annotate import DimSpec, Spec, normalise_rules, shard_p, spec_of
+from sharding.annotate import DimSpec, Spec, normalise_rules, shard_p
 from sharding.errors import ArgumentError, MeshError, Problem
 from sharding.mesh import MeshShape
 from sharding.program import build
 from sharding.propagation import annotations_in, propagate
 from sharding.rule import register_inline
 from spmd import stages
-from spmd.arguments import Arguments, flatten, trimmed
+from spmd.arguments import Arguments, flatten
+from spmd.executable import Executable, check_devices
 from spmd.options import Options
 from spmd.stages import Partitioned
 
@@ -47,7 +50,7 @@ def jit(
     Args:
       fun: a function written as for one device.
       mesh: `jax.sharding.Mesh`, or `AbstractMesh` to plan without devices; by default the mesh
-        set by `jax.set_mesh`.
+        that `jax.set_mesh` has set when the function is called.
       axis_rules: (logical name, mesh axes or None) pairs for names that are no mesh axes, with
         the semantics of flax's logical axis rules.
       in_shardings: pytree prefix of PartitionSpec, NamedSharding or None (inferred) for the
@@ -77,7 +80,8 @@ def jit(
     static = _jax.infer_argnums(fun, static_argnums, static_argnames)
     donate = _jax.infer_argnums(fun, donate_argnums, donate_argnames)
     options = Options(
-        checked_mesh(mesh), normalise_rules(axis_rules), in_shardings, out_shardings,
+        None if mesh is None else checked_mesh(mesh), normalise_rules(axis_rules),
+        in_shardings, out_shardings,
         donate[0], donate[1], static[0], static[1], keep_unused, fallback, compiler_options,
     )  # fmt: skip
     return Function(fun, options)
@@ -133,22 +137,33 @@ class Function:
     """What `spmd.jit` returns."""
 
     def __init__(self, fun: Callable, options: Options):
-        self._fun, self._options = fun, options
-        self._entries: dict[Any, list[_Entry]] = {}
-        self._fast: Callable | None = None
-        functools.update_wrapper(self, fun)
+        self._fun, self._given = fun, options
+        self._entries: dict[Any, list[Executable]] = {}
+        # The last executable, with what its C++ dispatch does not compare: weak types and the
+        # configuration that programs are traced under.
+        self._fast: tuple[Callable, tuple[bool, ...], Any] | None = None
+        functools.update_wrapper(self, fun, updated=())
+
+    @property
+    def _options(self) -> Options:
+        """With the mesh that `jax.set_mesh` has set now, where none was given."""
+        if self._given.mesh is not None:
+            return self._given
+        return dataclasses.replace(self._given, mesh=checked_mesh(None))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not _jax.outside_of_tracing():
             return self._bind(args, kwargs)
         fast = self._fast
-        if fast is None or kwargs:
-            return self._dispatch(args, kwargs)
-        try:
-            return fast(*args)
-        except (TypeError, ValueError) as error:
-            # Not what the last program was compiled for, or the user's mistake: `_dispatch` tells.
-            return self._dispatch(args, kwargs, error)
+        if fast is not None and not kwargs:
+            executable, weak, context = fast
+            if _jax.weak_types(args) == weak and _jax.trace_context() == context:
+                try:
+                    return executable(*args)
+                except (TypeError, ValueError):
+                    # Not what it was compiled for, or the user's mistake: the slow path tells.
+                    pass
+        return self._dispatch(args, kwargs)
 
     def trace(self, *args: Any, **kwargs: Any) -> stages.Traced:
         """The program for arguments like these; `ShapeDtypeStruct`s will do."""
@@ -169,11 +184,12 @@ class Function:
         return sum(map(len, self._entries.values()))
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else functools.partial(self, instance)
+        return self if instance is None else types.MethodType(self, instance)
 
     def __repr__(self) -> str:
         name = getattr(self._fun, "__qualname__", repr(self._fun))
-        return f"<spmd.jit of {name} over {self._options.mesh_shape}>"
+        mesh = "the mesh that is set" if self._given.mesh is None else self._given.mesh_shape
+        return f"<spmd.jit of {name} over {mesh}>"
 
     def _arguments(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Arguments:
         options = self._options
@@ -188,25 +204,22 @@ class Function:
         partitioned.warn()
         return partitioned
 
-    def _dispatch(
-        self, args: Sequence[Any], kwargs: dict[str, Any], error: Exception | None = None
-    ) -> Any:
+    def _dispatch(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The slow path: finds or makes the program for these arguments, and calls it."""
         arguments = self._arguments(args, kwargs)
-        _check_devices(self._options.mesh, arguments)
-        known = self._entries.setdefault(arguments.key, [])
+        check_devices(self._options.mesh, arguments)
+        context = _jax.trace_context()
+        known = self._entries.setdefault((arguments.key, context), [])
         entry = next((e for e in known if e.accepts(arguments)), None)
         if entry is None:
-            entry = _Entry(self._partition(arguments))
+            entry = Executable(self._partition(arguments))
             known.append(entry)
-        elif error is not None and self._fast is entry.compiled:
-            raise error
-        dynamic, keywords = jax.tree.unflatten(arguments.tree, arguments.leaves)
-        if keywords:
-            return entry.call_flat(arguments)
-        # Static arguments are no arguments of the executable: they take the slow path.
-        self._fast = None if arguments.static else entry.compiled
-        return entry.compiled(*dynamic)
+        # Static arguments are no arguments of the executable, and keyword arguments are passed by
+        # position: both take the slow path.
+        by_position = not arguments.static and not arguments.keywords
+        weak = _jax.weak_types(arguments.leaves)
+        self._fast = (entry.compiled, weak, context) if by_position else None
+        return entry.call(arguments)
 
     def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Inside of a transformation: the global program, as one call."""
@@ -226,53 +239,8 @@ class Function:
         closed, consts = _jax.without_constants(_jax.trace(run, *arguments.avals))
         leaves = [_on_mesh(x, self._options.mesh) for x in (*consts, *arguments.leaves)]
         results = _jax.bind_call(spmd_call_p, closed, leaves, options=self._options)
-        return jax.tree.unflatten(traced.out_tree, results)
-
-
-class _Entry:
-    """One partitioned program and its executables, compiled when first called."""
-
-    def __init__(self, partitioned: Partitioned):
-        self.partitioned = partitioned
-        self.arguments = partitioned.propagated.traced.arguments
-
-    def accepts(self, arguments: Arguments) -> bool:
-        """Whether the program is the one for these arguments: they carry the same annotations,
-        or lie where the program's own inference wants them."""
-        triples = zip(arguments.specs, self.arguments.specs, self.wanted, strict=True)
-        return all(own == mine or (mine is None and own == want) for own, mine, want in triples)
-
-    @functools.cached_property
-    def wanted(self) -> tuple[Spec | None, ...]:
-        """The spec that the program wants each flat argument in."""
-        layouts = self.partitioned.plan.body.inputs
-        shardings = jax.tree.leaves((self.partitioned.in_shardings,
-                                     self.partitioned.propagated.kwarg_shardings))
-        return tuple(
-            trimmed(spec_of(s, len(x.dims))) for s, x in zip(shardings, layouts, strict=True)
-        )
-
-    @functools.cached_property
-    def compiled(self) -> Callable:
-        """For positional arguments. An executable compiled ahead of time takes arrays on the
-        wanted shardings and uncommitted ones alike; a `jax.jit` would trace again for each."""
-        tree, leaves = self.arguments.tree, self.arguments.avals
-        dynamic, _ = jax.tree.unflatten(tree, leaves)
-        options = self.partitioned.jit_options(flat=False)
-        return jax.jit(self._run, **options).lower(*dynamic).compile()
-
-    def call_flat(self, arguments: Arguments) -> Any:
-        """Keyword arguments have no shardings in `jax.jit`: everything is passed by position."""
-        results = self._flat(*arguments.leaves)
-        return jax.tree.unflatten(self.partitioned.propagated.traced.out_tree, results)
-
-    @functools.cached_property
-    def _flat(self) -> Callable:
-        return self.partitioned.lower().compile().compiled
-
-    def _run(self, *dynamic: Any) -> Any:
-        results = self.partitioned.sharded(*jax.tree.leaves((dynamic, {})))
-        return jax.tree.unflatten(self.partitioned.propagated.traced.out_tree, results)
+        placed = [_on_mesh(x, self._options.mesh) for x in results]
+        return jax.tree.unflatten(traced.out_tree, placed)
 
 
 def _lower_call(closed: Any, params: dict[str, Any]) -> Callable:
@@ -290,7 +258,11 @@ def _lower_call(closed: Any, params: dict[str, Any]) -> Callable:
     return stages.Propagated(traced, result).partition().sharded
 
 
-spmd_call_p = _jax.call_primitive("spmd_call", _lower_call)
+def _place(params: dict[str, Any], x: Any) -> Any:
+    return _on_mesh(x, params["options"].mesh)
+
+
+spmd_call_p = _jax.call_primitive("spmd_call", _lower_call, _place)
 register_inline(spmd_call_p, lambda params: _jax.closed(params["call_jaxpr"]))
 
 
@@ -302,45 +274,8 @@ def _annotated(x: Any, sharding: Any) -> Any:
 
 
 def _on_mesh(x: Any, mesh: Any) -> Any:
-    """Tells an outer `jax.jit` which devices the call runs on."""
-    if isinstance(mesh, AbstractMesh) or not _jax.is_tracer(x):
-        return x
-    free = PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * x.ndim)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, free))
-
-
-def _check_devices(mesh: Any, arguments: Arguments) -> None:
-    """Raises MeshError when the program cannot run on the mesh, or with these arguments."""
-    shape = MeshShape.of(mesh)
+    """Tells an outer `jax.jit` which devices the call runs on, and leaves the layout free."""
     if isinstance(mesh, AbstractMesh):
-        raise MeshError(
-            Problem(
-                f"the mesh {shape} is abstract",
-                f"it describes {shape.size} devices and names none, so nothing can run on it",
-                "pass a jax.sharding.Mesh to run; use .trace(...).propagate().partition() to plan",
-            )
-        )
-    devices = set(mesh.devices.flat)
-    problems = []
-    for leaf, name in zip(arguments.leaves, arguments.names, strict=True):
-        placed = _jax.committed_sharding(leaf)
-        if placed is not None and placed.device_set != devices:
-            problems.append(
-                Problem(
-                    f"{name} lies on {_device_text(placed.device_set)}, committed",
-                    f"the mesh {shape} has the {_device_text(devices)}",
-                    f"put {name} on the mesh with jax.device_put({name}, NamedSharding(mesh, "
-                    "P(...))), or make the mesh from the devices of the arguments",
-                )
-            )
-    if problems:
-        raise MeshError(*problems)
-
-
-def _device_text(devices: Any) -> str:
-    """`device 5`, `devices 0, 1`, `devices 0, 1 and 62 more`."""
-    ids = sorted(d.id for d in devices)
-    shown = ", ".join(map(str, ids[:8])) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
-    return f"device{'s' if len(ids) > 1 else ''} {shown}"
-
-
+        return x
+    free = PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * jax.numpy.ndim(x))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, free))

@@ -7,6 +7,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -182,7 +183,7 @@ class Partitioned:
 
         def run(*args: Any) -> tuple[Any, ...]:
             # Whatever mesh the caller has set, with whatever types of axes, the program's counts.
-            with jax.sharding.use_abstract_mesh(_abstract(self.mesh)):
+            with _under(self.mesh):
                 return mapped(*args)
 
         return run
@@ -341,8 +342,14 @@ class Compiled:
         return self.as_text()
 
 
-def _abstract(mesh: Any) -> AbstractMesh:
-    return mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
+def _under(mesh: Any) -> AbstractContextManager:
+    """Makes `mesh` the current one for tracing; inside of a program for another number of devices
+    that one's mesh stays, and the program is partitioned over it in the end."""
+    abstract = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
+    current = jax.sharding.get_abstract_mesh()
+    if not current.empty and current.size != abstract.size:
+        return nullcontext()
+    return jax.sharding.use_abstract_mesh(abstract)
 
 
 def _stacklevel() -> int:
@@ -369,7 +376,7 @@ def trace(fun: Callable, arguments: Arguments, options: Options) -> Traced:
         out_tree.append(tree)
         return results
 
-    with jax.sharding.use_abstract_mesh(_abstract(options.mesh)):
+    with _under(options.mesh):
         closed = _jax.trace(flat, *arguments.avals)
     program = build(closed, arguments.names, output_names(out_tree[-1]))
     program.check_rules(options.fallback)

@@ -11,6 +11,7 @@ def _dot_general(op: OpInfo) -> Rule:
     """`bmk,bkn->bmn`: batch b, free m and n PASS, contracted k REDUCE by add."""
     lhs, rhs = (a.shape for a in op.in_avals)
     (lhs_k, rhs_k), (lhs_b, rhs_b) = op.params["dimension_numbers"]
+    boolean = op.out_avals[0].dtype == bool
     factors: dict[str, Factor] = {}
     left: list[str] = [""] * len(lhs)
     right: list[str] = [""] * len(rhs)
@@ -19,7 +20,7 @@ def _dot_general(op: OpInfo) -> Rule:
         factors[f"b{i}"] = Factor(lhs[a])
     for i, (a, b) in enumerate(zip(lhs_k, rhs_k, strict=True)):
         left[a] = right[b] = f"k{i}"
-        factors[f"k{i}"] = Factor(lhs[a], Kind.REDUCE, "add")
+        factors[f"k{i}"] = Factor(lhs[a], Kind.REDUCE, "or" if boolean else "add")
     free_left = [d for d in range(len(lhs)) if not left[d]]
     free_right = [d for d in range(len(rhs)) if not right[d]]
     for i, d in enumerate(free_left):
@@ -34,6 +35,7 @@ def _dot_general(op: OpInfo) -> Rule:
     def dims(names: list[str]) -> Dims:
         return tuple((n,) for n in names)
 
-    return Rule(
-        (dims(left), dims(right)), (dims(out),), factors, linear=((0,), (1,)), flops=2
+    return Rule(  # fmt: skip
+        (dims(left), dims(right)), (dims(out),), factors,
+        linear=() if boolean else ((0,), (1,)), flops=2,
     )

@@ -309,6 +309,10 @@ def _local_scatter(
     start, here = _shifted(ctx, where, start, x.shape)
     past = np.array([x.shape[d] for d in where], np.int32)
     start = jnp.where(here[..., None], start, past)
+    if start.size == len(where):
+        # XLA turns a scatter of one update into a slice and an update, and merges the slice with
+        # one that made `x`: the clamp of the first is lost, and the update lands in this shard.
+        x = lax.optimization_barrier(x)
     return ctx.bind(x, start, updates, mode=Mode.FILL_OR_DROP, indices_are_sorted=False)
 
 

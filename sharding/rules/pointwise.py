@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from sharding import _jax
 from sharding.rule import (
@@ -61,7 +62,8 @@ register(*LINEAR_NARY)(_pointwise((0, 1)))
 
 @register(p.mul_p)
 def _mul(op: OpInfo) -> Rule:
-    """Linear in either operand; never in both at once."""
+    """Linear in either operand; never in both at once. (Exact up to rounding for finite factors;
+    an infinite one makes NaN of addends that differ in sign, as it would of any other sum.)"""
     return pointwise_rule(*_shapes(op), linear=((0,), (1,)))
 
 
@@ -73,8 +75,11 @@ def _polynomial(op: OpInfo) -> Rule:
 
 @register(p.div_p)
 def _div(op: OpInfo) -> Rule:
-    """Linear in the dividend; integer division truncates and is not."""
-    linear = ((0,),) if _inexact(op.out_avals[0]) else ()
+    """Linear in the dividend where the divisor is a known finite number. (By zero the addends
+    would become infinities of both signs; integer division truncates.)"""
+    divisor = op.literal(1)
+    finite = divisor is not None and np.ndim(divisor) == 0 and np.isfinite(divisor) and divisor != 0
+    linear = ((0,),) if finite and _inexact(op.out_avals[0]) else ()
     return pointwise_rule(*_shapes(op), linear=linear)
 
 

@@ -28,7 +28,9 @@ def _reduction(monoid: str) -> RuleFn:
         dims = names("d", len(shape))
         # and/or of integers is bitwise, which no collective reduces.
         bitwise = monoid in ("and", "or") and op.in_avals[0].dtype != jnp.bool_
-        reduced = (Kind.FIXED, "") if bitwise else (Kind.REDUCE, monoid)
+        # Nor is there one for the order of complex numbers.
+        ordered = monoid in ("max", "min") and jnp.iscomplexobj(op.in_avals[0])
+        reduced = (Kind.FIXED, "") if bitwise or ordered else (Kind.REDUCE, monoid)
         factors = {
             d: Factor(n, *reduced) if i in axes else Factor(n)
             for i, (d, n) in enumerate(zip(dims, shape, strict=True))

@@ -206,13 +206,15 @@ def _permutes(at: Layout, dst: Layout, size: int, mesh: MeshShape) -> Iterator[S
     for dims in targets:
         if dims != at.dims and not any(a in partial for axes in dims for a in axes):
             after = Layout(dims, at.partial)
-            yield Step("permute", permuted_axes(at.dims, dims), -1, -1, "", after, float(size))
+            axes = permuted_axes(at.dims, dims, mesh)
+            yield Step("permute", axes, -1, -1, "", after, float(size))
 
 
-def permuted_axes(src: Dims, dst: Dims) -> tuple[str, ...]:
-    """Mesh axes along which a permutation moves data."""
-    moved = [a for s, d in zip(src, dst, strict=True) if s != d for a in (*s, *d)]
-    return tuple(dict.fromkeys(moved))
+def permuted_axes(src: Dims, dst: Dims, mesh: MeshShape) -> tuple[str, ...]:
+    """Mesh axes along which a permutation moves data, in mesh order: `ppermute` numbers devices
+    in that order, whatever the order of the axes it is given."""
+    moved = {a for s, d in zip(src, dst, strict=True) if s != d for a in (*s, *d)}
+    return tuple(a for a in mesh.names if a in moved)
 
 
 def _appended(

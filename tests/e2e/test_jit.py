@@ -1,5 +1,7 @@
 """`spmd.jit` as a drop-in for `jax.jit`: stages, caches, donation, transformations, placement."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding
 
 import spmd
-from sharding import P, Priority, ShardingWarning, shard
+from sharding import ArgumentError, P, Priority, ShardingWarning, shard
 from tests.oracle import assert_close, check, make_mesh
 
 MESH = make_mesh(data=2, tensor=4)
@@ -273,3 +275,75 @@ def test_recomputation_stays_recomputation() -> None:
     # What the compiler makes of a barrier is its own affair (XLA on CPU drops them, for both).
     for operation in ("stablehlo.optimization_barrier", "stablehlo.dot_general"):
         assert ours.count(operation) == theirs.count(operation) > 0, operation
+
+
+def test_weak_types_static_types_and_configuration_make_other_programs() -> None:
+    half = jnp.ones(8, jnp.bfloat16)
+    for first, second in [(2.0, jnp.float32(2)), (jnp.float32(2), 2.0)]:
+        function = spmd.jit(lambda s: s * half, mesh=MESH)
+        for argument in (first, second, first):
+            assert function(argument).dtype == (argument * half).dtype
+    static = spmd.jit(lambda x, s: x * s, mesh=MESH, static_argnums=1)
+    ints = jnp.arange(8)
+    assert [static(ints, 2).dtype, static(ints, 2.0).dtype] == [jnp.int32, jnp.float32]
+    wide = spmd.jit(lambda x: jnp.arange(3.0) + x.sum(), mesh=MESH)
+    assert wide(X).dtype == jnp.float32
+    with jax.enable_x64(True):
+        assert wide(X).dtype == jnp.float64
+    assert wide(X).dtype == jnp.float32
+
+
+def test_concrete_arguments_inside_of_transformations() -> None:
+    function = spmd.jit(jnp.sum, mesh=MESH, in_shardings=P("data"))
+    assert_close(jax.grad(function)(X), jnp.ones_like(X), 0, "grad of the function itself")
+    constant = np.asarray(X)
+    assert_close(jax.jit(lambda z: function(constant) + z)(1.0), X.sum() + 1, 1e-5, "constants")
+    scale = spmd.jit(lambda x, y: x * y, mesh=MESH)
+    assert_close(jax.jit(lambda x: scale(x, 2.0))(X), 2 * X, 0, "scalar inside of jit")
+    assert_close(jax.grad(lambda x: scale(x, y=3.0).sum())(X), 3 + 0 * X, 0, "keyword")
+
+
+def test_partitioning_a_partitioned_function_again_uses_the_new_mesh() -> None:
+    small = make_mesh(data=2)
+    again = spmd.jit(spmd.jit(lambda x: shard(x * 2, "data"), mesh=MESH), mesh=small)
+    assert again(X).sharding.device_set == set(small.devices.flat)
+
+
+def test_arguments_that_lie_elsewhere_on_the_same_devices() -> None:
+    other = make_mesh(a=4, b=2)
+    x = jax.device_put(X, NamedSharding(other, P("a", "b")))
+    assert_close(spmd.jit(lambda x: x + 1, mesh=MESH)(x), X + 1, 0, "moved")
+    function = spmd.jit(lambda x: x + 1, mesh=MESH, in_shardings=P("data"))
+    function(X)
+    with pytest.raises(ArgumentError) as error:
+        function(x)
+    assert str(error.value) == (
+        "x lies on P('a', 'b'), committed\n"
+        "  why: in_shardings says P('data'); moving it silently could cost more than "
+        "the program\n"
+        "  fix: move it with jax.device_put(x, NamedSharding(mesh, P('data'))), or "
+        "leave in_shardings out for it"
+    )
+
+
+def test_a_static_argument_that_cannot_be_hashed() -> None:
+    function = spmd.jit(lambda x, s: x, mesh=MESH, static_argnums=1)
+    with pytest.raises(ArgumentError) as error:
+        function(X, [1])
+    assert str(error.value) == (
+        "static argument 1 is [1], a list\n"
+        "  why: a static argument is part of what a program is compiled for, and must be hashable\n"
+        "  fix: pass a tuple, a string, a number or a frozen object, or do not make it static"
+    )
+
+
+def test_methods() -> None:
+    class Model:
+        scale = 3.0
+
+        @functools.partial(spmd.jit, static_argnums=0)
+        def apply(self, x):
+            return x * self.scale
+
+    with jax.set_mesh(MESH):
+        assert_close(Model().apply(X), 3 * X, 0, "bound")

@@ -28,7 +28,7 @@ def message(error: type[Exception], action) -> str:
 
 
 def test_no_mesh() -> None:
-    assert message(MeshError, lambda: spmd.jit(lambda x: x)) == (
+    assert message(MeshError, lambda: spmd.jit(lambda x: x)(1.0)) == (
         "spmd.jit has no mesh\n"
         "  why: a program is partitioned over the axes of a mesh\n"
         '  fix: pass mesh=jax.make_mesh((8,), ("data",)), or enter jax.set_mesh(mesh)'
@@ -132,7 +132,9 @@ def test_shardings_of_another_structure() -> None:
     function = spmd.jit(lambda x: x, mesh=MESH, in_shardings=({"a": P()},))
     text = message(ArgumentError, lambda: function.trace(X))
     assert text.startswith("in_shardings has structure PyTreeDef(({'a': *},))\n")
-    assert text.endswith("fix: give in_shardings one entry per argument, or one for all of them")
+    assert text.endswith(
+        "fix: give in_shardings one entry per positional argument, or one for all of them"
+    )
 
 
 def test_what_is_not_callable() -> None:

@@ -34,6 +34,7 @@ LAYERS = (
     ("spmd.pipeline.*",),
     ("spmd.plan.*", "spmd.report.*", "spmd.runtime.*"),
     ("spmd.stages",),
+    ("spmd.executable",),
     ("spmd.dispatch",),
     ("spmd",),
     ("spmd.cli.*", "spmd.__main__"),
