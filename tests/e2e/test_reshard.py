@@ -147,3 +147,15 @@ def test_renaming_an_axis_of_the_same_size_is_one_permute() -> None:
     mesh = MeshShape((("x", 2), ("y", 2), ("z", 2)))
     found = plan(Layout((("x",), ())), Layout((("y",), ())), (64, 64), 4, mesh)
     assert [s.kind for s in found.steps] == ["permute"]
+
+
+@pytest.mark.parametrize("shape", [(7, 8), (8, 7), (7, 5), (5, 16)])
+def test_an_uneven_dim_is_trimmed_and_padded_by_all_to_all(shape: tuple[int, int]) -> None:
+    mesh = MeshShape((("x", 2), ("y", 4)))
+    src, dst = Layout((("y",), ())), Layout(((), ("y",)))
+    assert [s.kind for s in plan(src, dst, shape, 4, mesh).steps] == ["all_to_all"]
+    x = np.arange(1, np.prod(shape) + 1, dtype=np.float32).reshape(shape)
+    got = run(mesh, src, dst, x)
+    for device, want in enumerate(expected(x, src, dst, mesh)):
+        block = got[device][tuple(slice(0, n) for n in want.shape)]
+        np.testing.assert_array_equal(block, want)
