@@ -306,17 +306,24 @@ def _missing_rule(primitive: Any, ops: Sequence[Op]) -> Problem:
     size = sum(value_bytes(v) for v in (*op.inputs, *op.outputs))
     more = f" and {len(ops) - 1} more" if len(ops) > 1 else ""
     text = _rule_text(op)
+    accept = 'accept the cost with fallback="replicate"'
+    fix = (
+        f'register sharding.rule("{text}")({primitive.name}_p) with the dims that pass through, '
+        f"or {accept}"
+        if text
+        else accept
+    )
     return Problem(
         f"primitive {primitive.name!r} at {op.source or 'unknown source'}{more} has no rule",
         "without one its partitioning cannot be inferred; running it replicated would hold "
         f"{size:,} bytes of operands and results on every device",
-        f'register sharding.rule("{text}")({primitive.name}_p) with the dims that pass '
-        'through, or accept the cost with fallback="replicate"',
+        fix,
     )
 
 
 def _rule_text(op: Op) -> str:
-    """A first guess at the rule: a letter per dim; arrays of one shape share their letters."""
+    """A first guess at the rule: a letter per dim; arrays of one shape share their letters.
+    Empty where there are no dims to name."""
     letters = iter("abcdefghijklmnopqrstuvwxyz" * 4)
     named: dict[tuple[int, ...], str] = {}
 
@@ -325,5 +332,7 @@ def _rule_text(op: Op) -> str:
             named[value.shape] = " ".join(next(letters) for _ in value.shape)
         return named[value.shape]
 
+    if not op.inputs or not op.outputs or any(v.rank == 0 for v in op.inputs):
+        return ""
     sides = [", ".join(map(dims, values)) for values in (op.inputs, op.outputs)]
     return f"{sides[0]} -> {sides[1]}"

@@ -177,3 +177,12 @@ def test_a_rule_without_an_arrow() -> None:
         "  why: operands and results are told apart by '->'\n"
         '  fix: write it like "b m k, b k n -> b m n"'
     )
+
+
+def test_a_callback_has_no_rule_to_suggest() -> None:
+    def f(x):
+        jax.debug.print("sum {}", x.sum())
+        return x
+
+    text = message(RuleError, lambda: spmd.jit(f, mesh=MESH).trace(X))
+    assert text.endswith('  fix: accept the cost with fallback="replicate"')
