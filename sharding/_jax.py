@@ -12,6 +12,7 @@ import jax.extend.core as extend_core
 from jax._src import ad_checkpoint, api_util, config, core, hijax, source_info_util, state
 from jax._src import pjit as _pjit
 from jax._src import random as _random
+from jax._src.array import ArrayImpl
 from jax._src.core import Literal as Literal
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.interpreters import partial_eval as pe
@@ -172,11 +173,15 @@ remat_p = ad_checkpoint.remat_p
 _PYTHON_SCALARS = (int, float, complex)
 
 
-def weak_types(args: Any) -> tuple[bool, ...]:
+def weak_types(args: Any) -> list[bool]:
     """Per leaf, whether its dtype gives way to others: Python scalars and what is made of them."""
-    return tuple(
-        type(x) in _PYTHON_SCALARS or getattr(x, "weak_type", False) for x in jax.tree.leaves(args)
-    )
+    # On the path of every warm call: a list of the cheapest test that fits the leaf.
+    return [
+        x.aval.weak_type
+        if type(x) is ArrayImpl
+        else type(x) in _PYTHON_SCALARS or getattr(x, "weak_type", False)
+        for x in jax.tree.leaves(args)
+    ]
 
 
 trace_context = config.trace_context

@@ -141,7 +141,7 @@ class Function:
         self._entries: dict[Any, list[Executable]] = {}
         # The last executable, with what its C++ dispatch does not compare: weak types and the
         # configuration that programs are traced under.
-        self._fast: tuple[Callable, tuple[bool, ...], Any] | None = None
+        self._fast: tuple[Callable, list[bool], Any] | None = None
         functools.update_wrapper(self, fun, updated=())
 
     @property
