@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.extend.core as extend_core
-from jax._src import ad_checkpoint, api_util, config, core, hijax, source_info_util, state
+from jax._src import ad_checkpoint, api_util, config, core, hijax, source_info_util
 from jax._src import pjit as _pjit
 from jax._src import random as _random
 from jax._src.array import ArrayImpl
@@ -144,22 +144,6 @@ def equation_context(eqn: Any) -> AbstractContextManager:
     The abstract mesh of the context is left out: shapes are local now, under another mesh.
     """
     return jax.threefry_partitionable(eqn.ctx.threefry_partitionable)
-
-
-def is_tracer(x: Any) -> bool:
-    return isinstance(x, core.Tracer)
-
-
-def is_ref(aval: Any) -> bool:
-    return isinstance(aval, state.AbstractRef)
-
-
-def aval_of(x: Any) -> Any:
-    return core.typeof(x)
-
-
-def weak_typed(shape: Sequence[int], dtype: Any, weak_type: bool) -> Any:
-    return core.ShapedArray(tuple(shape), dtype, weak_type=weak_type)
 
 
 def checkpoint_params(params: Any) -> dict[str, Any]:

@@ -158,10 +158,6 @@ def local_shape(
     )
 
 
-def replicated_layout(rank: int) -> Layout:
-    return Layout(((),) * rank)
-
-
 def check_axes(sharding: Sharding, mesh: MeshShape, what: str) -> list[Problem]:
     """Problems with axes that the mesh does not have; `what` names the annotated value."""
     refs = [a for d in sharding.dims for a in d.axes]

@@ -20,13 +20,6 @@ def peak_bytes(plan: ProgramPlan, donated: Sequence[bool] = ()) -> int:
     return _peak(plan.body, plan.mesh, list(donated))
 
 
-def argument_bytes(plan: ProgramPlan) -> int:
-    """Bytes per device of the arguments."""
-    values = plan.body.region.inputs
-    keys = map(Key, values, plan.body.inputs)
-    return sum(local_key_bytes(key, plan.mesh) for key in keys)
-
-
 def local_key_bytes(key: Key, mesh: MeshShape) -> int:
     itemsize = getattr(key.value.dtype, "itemsize", 4)
     return prod(key.layout.local_shape(key.value.shape, mesh)) * itemsize

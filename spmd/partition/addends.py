@@ -1,4 +1,4 @@
-"""Sums of partial values: how many addends will share one reduction.
+"""Sums of partial values: which addends can share one reduction.
 
 The gradients of three projections of one input are three products and their sum. Each product
 alone would rather avoid its reduction; the three together need only one, of the sum.
@@ -9,45 +9,42 @@ from sharding.rule import Kind
 
 
 class Addends:
-    """Counts, for a value that an operation reduces, the addends of the sum it ends up in."""
+    """Finds, for a value that an operation reduces, the sum it ends up in."""
 
     def __init__(self, program: Program):
         self.program = program
-        self.counted: dict[int, int] = {}
+        self.found: dict[int, tuple[Value, ...]] = {}
 
-    def sharing(self, value: Value) -> int:
-        """Number of reduced values, this one included, that are summed before the sum is used by
-        anything that is not linear; 1 where it is not summed with reduced values only."""
-        total = self.count(value)
+    def group(self, value: Value) -> tuple[Value, tuple[Value, ...]]:
+        """The sum that `value` ends up in before anything that is not linear uses it, and the
+        reduced values it is the sum of: `value` alone where others are added that are not."""
         while True:
             reader = self.only_reader(value)
             group = None if reader is None else _group(reader[0], reader[1])
             if reader is None or group is None:
-                return max(1, total)
-            counts = [self.count(reader[0].inputs[i]) for i in group]
-            if not all(counts):
-                return max(1, total)
-            total = sum(counts)
+                return value, self.leaves(value)
+            if not all(self.leaves(reader[0].inputs[i]) for i in group):
+                return value, self.leaves(value)
             value = reader[0].outputs[0]
 
-    def count(self, value: Value) -> int:
-        """Reduced values that make up `value` by linear operations alone; 0 where others do."""
-        found = self.counted.get(value.id)
+    def leaves(self, value: Value) -> tuple[Value, ...]:
+        """Reduced values that make up `value` by linear operations alone; none where others do."""
+        found = self.found.get(value.id)
         if found is None:
-            found = self.counted[value.id] = self._count(value)
+            found = self.found[value.id] = self._leaves(value)
         return found
 
-    def _count(self, value: Value) -> int:
+    def _leaves(self, value: Value) -> tuple[Value, ...]:
         op = value.op
         if op is None or op.control is not None or len(op.outputs) != 1:
-            return 0
+            return ()
         if any(f.kind is Kind.REDUCE and f.monoid == "add" for f in op.rule.factors.values()):
-            return 1
+            return (value,)
         for group in op.rule.linear:
-            counts = [self.count(op.inputs[i]) for i in group]
-            if all(counts):
-                return sum(counts)
-        return 0
+            parts = [self.leaves(op.inputs[i]) for i in group]
+            if all(parts):
+                return tuple(leaf for part in parts for leaf in part)
+        return ()
 
     def only_reader(self, value: Value) -> tuple[Op, int] | None:
         """The one operation that reads the value, and at which operand."""

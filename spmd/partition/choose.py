@@ -23,6 +23,7 @@ from spmd.partition.reshard import local_bytes, plan
 _CARRY = "(carried)"
 _NONE = ""
 _MAX_CANDIDATES = 512
+_REDUCTIONS = ("all_reduce", "reduce_scatter", "slice")
 
 
 class Tensor(NamedTuple):
@@ -33,8 +34,7 @@ class Tensor(NamedTuple):
       itemsize: bytes per element.
       layouts: operand: layouts at hand, the first as it was made. result: the wanted one.
       readers: operand: how many operations are expected to read it in a layout, where more than
-        one; they share the cost of bringing it there. result: with how many others it is summed
-        before anything needs it whole; they share one reduction.
+        one; they share the cost of bringing it there. result: readers of its reduction likewise.
       used: result: whether anything reads it.
     """
 
@@ -81,8 +81,30 @@ def choose(
     rule: Rule, operands: tuple[Tensor, ...], results: tuple[Tensor, ...], mesh: MeshShape
 ) -> Assignment:
     """The cheapest legal assignment; memoised, since layers repeat."""
-    shape_key = (rule.operands, rule.results, tuple(rule.factors.items()), rule.linear, rule.flops)
-    return _choose(_Keyed(shape_key, rule), operands, results, mesh)
+    return _choose(_Keyed(rule), operands, results, mesh)
+
+
+class Alternatives(NamedTuple):
+    """What an equation costs when it makes its result whole, and when it leaves it partial.
+
+    Attributes:
+      alone: the cheapest way to the wanted result, reduction included.
+      partial: the cheapest way to a partial result, its reduction left out.
+      reduction: from that partial result to the wanted one.
+      made: the layout of that partial result.
+    """
+
+    alone: float
+    partial: float
+    reduction: float
+    made: Layout
+
+
+def alternatives(
+    rule: Rule, operands: tuple[Tensor, ...], result: Tensor, mesh: MeshShape
+) -> Alternatives | None:
+    """The two ways of an equation with one result; None where it cannot leave it partial."""
+    return _alternatives(_Keyed(rule), operands, result, mesh)
 
 
 class _Keyed:
@@ -90,8 +112,10 @@ class _Keyed:
 
     __slots__ = ("hash", "key", "rule")
 
-    def __init__(self, key: tuple, rule: Rule):
-        self.key, self.rule, self.hash = key, rule, hash(key)
+    def __init__(self, rule: Rule):
+        factors = tuple(rule.factors.items())
+        self.key = (rule.operands, rule.results, factors, rule.linear, rule.flops)
+        self.rule, self.hash = rule, hash(self.key)
 
     def __hash__(self) -> int:
         return self.hash
@@ -112,6 +136,26 @@ def _choose(
             best, best_cost = assignment, total
     assert best is not None, "the empty assignment is always legal"
     return best
+
+
+@lru_cache(maxsize=1 << 14)
+def _alternatives(
+    keyed: _Keyed, operands: tuple[Tensor, ...], result: Tensor, mesh: MeshShape
+) -> Alternatives | None:
+    rule, infinite = keyed.rule, float("inf")
+    alone = partial = reduction = infinite
+    best = result.layouts[0]
+    unread = result._replace(used=False)
+    for assignment in _candidates(rule, operands, (result,), mesh):
+        alone = min(alone, _cost(rule, assignment, operands, (result,), mesh, alone))
+        (made,) = makes(rule, assignment, mesh)
+        if made.partial:
+            total = _cost(rule, assignment, operands, (unread,), mesh, partial)
+            if total < partial:
+                partial, best = total, made
+                wanted = result.layouts[0]
+                reduction = plan(made, wanted, result.shape, result.itemsize, mesh).cost
+    return None if partial == infinite else Alternatives(alone, partial, reduction, best)
 
 
 def expected(
@@ -267,8 +311,10 @@ def _cost(
     for layout, tensor in zip(made, results, strict=True):
         if tensor.used:
             wanted = tensor.layouts[0]
-            share = tensor.share(wanted) if layout.partial else 1.0
-            total += share * plan(layout, wanted, tensor.shape, tensor.itemsize, mesh).cost
+            reshard = plan(layout, wanted, tensor.shape, tensor.itemsize, mesh)
+            # A sum shares the reduction of its addends, not what else brings them into place.
+            shared = layout.partial and all(s.kind in _REDUCTIONS for s in reshard.steps)
+            total += reshard.cost * (tensor.share(wanted) if shared else 1.0)
         if total >= limit:
             return total
     for need, tensor in zip(needed, operands, strict=True):

@@ -12,7 +12,16 @@ from sharding.propagation import Propagated
 from sharding.rule import Kind, Port
 from sharding.spec import Layout, Sharding
 from spmd.partition.addends import Addends
-from spmd.partition.choose import Tensor, choose, expected, forced, makes, needs
+from spmd.partition.choose import (
+    Alternatives,
+    Tensor,
+    alternatives,
+    choose,
+    expected,
+    forced,
+    makes,
+    needs,
+)
 from spmd.partition.plan import (
     Assignment,
     Compute,
@@ -49,12 +58,17 @@ def refined_mesh(propagated: Propagated) -> MeshShape:
     return refine(propagated.mesh, refs)
 
 
+# Readers of a reduction that a whole sum pays for: the addend's own part is nothing.
+_FREE = 1 << 30
+
+
 class _Planner:
     def __init__(self, propagated: Propagated, mesh: MeshShape):
         self.propagated, self.mesh = propagated, mesh
         self.uses = propagated.program.uses
         self.diagnostics: list[Diagnostic] = []
         self.addends = Addends(propagated.program)
+        self.sums: dict[int, bool] = {}
         self.refined: dict[Sharding, Layout] = {}
         self.expected: dict[int, tuple[tuple[Layout, int], ...]] = {}
 
@@ -71,6 +85,29 @@ class _Planner:
         if sharding not in self.refined:
             self.refined[sharding] = self.refine(sharding.layout)
         return self.refined[sharding]
+
+    def summed(self, value: Value) -> bool:
+        """Whether a reduced value should stay partial, since a sum of several is reduced once for
+        less than each would cost on its own. All addends of a sum get the same answer."""
+        root, leaves = self.addends.group(value)
+        if len(leaves) < 2:
+            return False
+        if root.id not in self.sums:
+            found = [a for leaf in leaves if (a := self.alternatives(leaf)) is not None]
+            # Only addends that are partial over the same axes can be summed as they are.
+            alike = len(found) == len(leaves) and len({a.made.partial for a in found}) == 1
+            self.sums[root.id] = alike and sum(a.partial for a in found) + max(
+                a.reduction for a in found
+            ) < sum(a.alone for a in found)
+        return self.sums[root.id]
+
+    def alternatives(self, value: Value) -> Alternatives | None:
+        """Of the operation that makes `value`, with every operand where it was propagated to."""
+        op = value.op
+        assert op is not None
+        operands = tuple(Tensor(v.shape, _itemsize(v), (self.wanted(v),)) for v in op.inputs)
+        result = Tensor(value.shape, _itemsize(value), (self.wanted(value),))
+        return alternatives(op.rule, operands, result, self.mesh)
 
     def readers(self, value: Value) -> tuple[tuple[Layout, int], ...]:
         """In which layouts the readers of a value are expected to need it, where more than one."""
@@ -132,7 +169,7 @@ class _Scope:
         return Tensor(value.shape, _itemsize(value), tuple(self.layouts(value)), readers)
 
     def result(self, value: Value, wanted: Layout) -> Tensor:
-        sharing = ((wanted, self.planner.addends.sharing(value)),)
+        sharing = ((wanted, _FREE),) if self.planner.summed(value) else ()
         used = self.planner.uses[value.id] > 0
         return Tensor(value.shape, _itemsize(value), (wanted,), sharing, used)
 
