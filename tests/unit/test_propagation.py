@@ -187,9 +187,9 @@ def test_time_does_not_grow_with_the_devices(layers: int) -> None:
         traced = spmd.jit(step, mesh=on, axis_rules=rules_for("fsdp+tensor", sizes)).trace(
             state, batch
         )
-        start = time.perf_counter()
+        start = time.process_time()  # other work on the machine does not count
         partitioned = traced.propagate().partition()
-        spent[on.size] = time.perf_counter() - start
+        spent[on.size] = time.process_time() - start
         collectives[on.size] = sum(c.count for c in partitioned.collectives)
     assert spent[2048] < 10
     assert spent[2048] < 3 * spent[8] + 0.5
