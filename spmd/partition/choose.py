@@ -215,7 +215,7 @@ def _candidates(
         for layout in tensor.layouts:
             note(to_factors(rule, i, layout.dims, mesh), False)
     axes = list(options)
-    choices = [_prune(rule, axis, list(options[axis]), wanted, operands, mesh) for axis in axes]
+    choices = [_prune(axis, list(options[axis]), wanted) for axis in axes]
     if prod(map(len, choices)) > _MAX_CANDIDATES:
         choices = [c[:2] for c in choices]
     for combo in product(*choices):
@@ -225,10 +225,7 @@ def _candidates(
     yield Assignment(())
 
 
-def _prune(
-    rule: Rule, axis: str, factors: list[str], wanted: set[tuple[str, str]],
-    operands: Sequence[Tensor], mesh: MeshShape,
-) -> list[str]:  # fmt: skip
+def _prune(axis: str, factors: list[str], wanted: set[tuple[str, str]]) -> list[str]:
     """Drops "no factor" where it can only cost: one factor, wanted by the result, no reduction."""
     if len(factors) == 1 and (axis, factors[0]) in wanted:
         return factors
