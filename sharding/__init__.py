@@ -7,6 +7,9 @@ from sharding.annotate import constrain_with as constrain_with
 from sharding.annotate import shard as shard
 from sharding.custom import rule as rule
 from sharding.errors import ArgumentError as ArgumentError
+from sharding.errors import ArgumentTypeError as ArgumentTypeError
+from sharding.errors import DonationError as DonationError
+from sharding.errors import GatherError as GatherError
 from sharding.errors import MeshError as MeshError
 from sharding.errors import Problem as Problem
 from sharding.errors import RuleError as RuleError
@@ -28,8 +31,8 @@ from sharding.spec import Layout as Layout
 from sharding.spec import Sharding as Sharding
 
 __all__ = [
-    "ArgumentError", "DimSharding", "Factor", "Kind", "Layout", "Local", "MeshError", "MeshShape",
-    "P", "Priority", "Problem", "Program", "Propagated", "Rule", "RuleError", "Sharding",
-    "ShardingWarning", "SpecError", "SpmdError", "VerificationError", "constrain_with",
-    "propagate", "register", "rule", "shard",
+    "ArgumentError", "ArgumentTypeError", "DimSharding", "DonationError", "Factor", "GatherError",
+    "Kind", "Layout", "Local", "MeshError", "MeshShape", "P", "Priority", "Problem", "Program",
+    "Propagated", "Rule", "RuleError", "Sharding", "ShardingWarning", "SpecError", "SpmdError",
+    "VerificationError", "constrain_with", "propagate", "register", "rule", "shard",
 ]  # fmt: skip

@@ -14,9 +14,10 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sharding import _jax
+from sharding._jax import calls
 from sharding.errors import Problem, SpecError
 from sharding.mesh import MeshShape
-from sharding.rule import OpInfo, Rule, identity_rule, register, replicated_rule
+from sharding.rule import Local, OpInfo, Rule, identity_rule, register, register_apart
 from sharding.spec import DimSharding, Sharding, unknown_axis
 
 P = PartitionSpec
@@ -207,11 +208,26 @@ def spec_of(annotation: Any, rank: int) -> Spec | None:
 
 
 def metadata_spec(leaf: Any) -> Spec | None:
-    """The spec in a flax partitioning box (`with_partitioning`, `with_logical_partitioning`)."""
-    names = getattr(leaf, "names", None)
-    if names is None or not hasattr(leaf, "get_partition_spec"):
+    """The spec in a flax partitioning box (`with_partitioning`, `with_logical_partitioning`), or
+    in the metadata of an nnx variable."""
+    if hasattr(leaf, "get_partition_spec"):
+        names = getattr(leaf, "names", None)
+    elif hasattr(leaf, "get_metadata") and hasattr(leaf, "set_metadata"):
+        names = _variable_names(leaf)
+    else:
         return None
-    return Spec(parse_spec(tuple(names)).dims, lenient=True)
+    return None if names is None else Spec(parse_spec(tuple(names)).dims, lenient=True)
+
+
+def _variable_names(variable: Any) -> tuple[Any, ...] | None:
+    """Of an nnx variable. Optimiser state inherits metadata whatever its shape (factored moments,
+    counters), so only what fits is heeded."""
+    names = variable.get_metadata().get("out_sharding")
+    names = names.spec if isinstance(names, NamedSharding) else names
+    shape = getattr(variable.get_value(), "shape", ())
+    if names is None or len(names) > len(shape):
+        return None
+    return tuple(name if n > 1 else None for name, n in zip(names, shape, strict=False))
 
 
 def check_rank(spec: Spec, rank: int, what: str, shape: tuple[int, ...]) -> None:
@@ -240,7 +256,7 @@ def _of_cotangent(params: dict) -> dict:
     return {"spec": Spec(dims, params["spec"].lenient, rest_open=True)}
 
 
-shard_p = _jax.identity_primitive("shard", lambda x, **params: x, _of_cotangent)
+shard_p = calls.identity_primitive("shard", lambda x, **params: x, _of_cotangent)
 
 
 def _insert_dim(params: dict, dim: int, spmd_axis_name: Any) -> dict:
@@ -252,7 +268,7 @@ def _insert_dim(params: dict, dim: int, spmd_axis_name: Any) -> dict:
     return {"spec": replace(params["spec"], dims=tuple(dims))}
 
 
-_jax.register_batcher(shard_p, _insert_dim)
+calls.register_batcher(shard_p, _insert_dim)
 
 
 @register(shard_p)
@@ -272,15 +288,27 @@ def _constraint_rule(op: OpInfo) -> Rule:
     return identity_rule(shape, Spec(tuple(dims)))
 
 
+def _put_one(params: Any, i: int) -> Any:
+    return {name: (given[i],) for name, given in params.items()}
+
+
+register_apart(_jax.primitives.device_put_p, _put_one)
+
+
 @register(_jax.primitives.device_put_p)
 def _device_put_rule(op: OpInfo) -> Rule:
-    """`jax.device_put` inside a program: a NamedSharding is an annotation. Which devices hold what
-    is the partitioner's choice otherwise."""
-    if len(op.in_avals) != 1:
-        return replicated_rule(op)
+    """`jax.device_put` inside a program: a NamedSharding is an annotation, and a kind of memory is
+    kept. Which devices hold what is the partitioner's choice otherwise."""
     shape, target = op.in_avals[0].shape, op.params["devices"][0]
     spec = spec_of(target, len(shape)) if isinstance(target, NamedSharding) else None
-    return identity_rule(shape, spec)
+    rule = identity_rule(shape, spec)
+    if op.in_avals[0].memory_space == op.out_avals[0].memory_space:
+        return rule
+    return replace(rule, identity=False, local=_local_device_put, always=True)
+
+
+def _local_device_put(ctx: Local, op: OpInfo, x: Any) -> Sequence[Any]:
+    return ctx.bind(x, devices=(op.out_avals[0].memory_space,))
 
 
 @register(_jax.reshard_p)

@@ -48,6 +48,18 @@ class ArgumentError(SpmdError):
     """Arguments of a public function do not fit together."""
 
 
+class ArgumentTypeError(ArgumentError, TypeError):
+    """An argument has the wrong type; `jax.jit` raises a TypeError there too."""
+
+
+class DonationError(ArgumentError, RuntimeError):
+    """An argument was donated twice, or before, or deleted; `jax.jit` has a RuntimeError there."""
+
+
+class GatherError(SpmdError):
+    """A program gathers sharded values, and `on_gather="error"` forbids that."""
+
+
 class VerificationError(SpmdError):
     """A stage produced a program that violates its own invariants: a defect of this project."""
 

@@ -6,7 +6,7 @@ sub-axis `(m)k` of an axis of size n is the middle dimension when the axis is re
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd, prod
@@ -31,11 +31,16 @@ def split_ref(ref: str) -> tuple[str, int, int | None]:
 class MeshShape:
     """The names and sizes of the mesh axes, major to minor; no device is involved.
 
+    Attributes:
+      axes: those that values may be sharded over.
+      manual: those that the user's own collectives work on, inside of a `jax.shard_map`.
+
     Raises:
       MeshError: a name appears twice, is empty, or a size is below 1.
     """
 
     axes: tuple[tuple[str, int], ...]
+    manual: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         names = [name for name, _ in self.axes]
@@ -82,6 +87,18 @@ class MeshShape:
     def size(self) -> int:
         """Number of devices."""
         return prod(size for _, size in self.axes)
+
+    def without(self, names: Collection[str]) -> "MeshShape":
+        """The mesh where these axes, with their sub-axes, are manual."""
+        if not names:
+            return self
+        taken = [a for a in self.axes if a[0] in names or split_ref(a[0])[0] in names]
+        left = tuple(a for a in self.axes if a not in taken)
+        return MeshShape(left, (*self.manual, *taken))
+
+    def manual_refs(self, name: str) -> tuple[str, ...]:
+        """What a manual axis is made of, major to minor: itself, or its sub-axes."""
+        return tuple(a for a, _ in self.manual if a == name or split_ref(a)[0] == name)
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={size}" for name, size in self.axes) or "(no axes)"

@@ -10,109 +10,13 @@ from functools import cached_property
 from typing import Any
 
 from sharding import _jax
-from sharding.errors import Problem, RuleError
-from sharding.rule import REGISTRY, Control, Port, Rule, replicated_rule
-
-
-class Value:
-    """One SSA value: an input, a constant, a literal or a result of an `Op`."""
-
-    __slots__ = ("aval", "const", "id", "name", "op", "shape")
-
-    def __init__(self, id: int, aval: Any, name: str = "", const: Any = None):
-        self.id = id
-        self.aval = aval
-        self.shape: tuple[int, ...] = tuple(getattr(aval, "shape", ()))
-        self.name = name
-        self.const = const
-        self.op: Op | None = None
-
-    @property
-    def rank(self) -> int:
-        return len(self.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return getattr(self.aval, "dtype", None)
-
-    def __str__(self) -> str:
-        return self.name or f"%{self.id}"
-
-    def __repr__(self) -> str:
-        return f"{self}: {type_text(self)}"
-
-
-@dataclass(eq=False)
-class Op:
-    """One equation. `regions` is empty but for control flow; `caller` is the source line of the
-    call that it was inlined from."""
-
-    index: int
-    primitive: Any
-    params: Mapping[str, Any]
-    inputs: tuple[Value, ...]
-    outputs: tuple[Value, ...]
-    eqn: Any
-    regions: tuple["Region", ...] = ()
-    caller: str = ""
-
-    @property
-    def in_avals(self) -> Sequence[Any]:
-        return [v.aval for v in self.inputs]
-
-    @property
-    def out_avals(self) -> Sequence[Any]:
-        return [v.aval for v in self.outputs]
-
-    def literal(self, operand: int) -> Any:
-        return self.inputs[operand].const
-
-    @cached_property
-    def source(self) -> str:
-        """`file.py:line (function)` in the user's code; of the call it was inlined from where the
-        equation itself was traced in a library."""
-        return _jax.source_of(self.eqn) or self.caller
-
-    @cached_property
-    def rule(self) -> Rule:
-        """The primitive's rule for these shapes.
-
-        One without a rule runs replicated; `Program.check_rules` lets that pass only where the
-        user accepted it.
-        """
-        return REGISTRY.rules.get(self.primitive, replicated_rule)(self)
-
-    @property
-    def control(self) -> Control | None:
-        return REGISTRY.controls.get(self.primitive)
-
-    @cached_property
-    def in_ports(self) -> tuple[Port, ...]:
-        return tuple(self.control.inputs(self)) if self.control else ()
-
-    @cached_property
-    def out_ports(self) -> tuple[Port, ...]:
-        return tuple(self.control.outputs(self)) if self.control else ()
-
-    def __str__(self) -> str:
-        return f"{self.primitive.name}.{self.index}"
-
-
-@dataclass(eq=False)
-class Region:
-    """A straight-line list of ops: the program's body, or the body of a control-flow op."""
-
-    inputs: tuple[Value, ...]
-    outputs: tuple[Value, ...]
-    ops: tuple[Op, ...]
-    consts: tuple[Value, ...] = ()
-
-    def walk(self) -> Iterator[Op]:
-        """Every op, those of nested regions after their parent."""
-        for op in self.ops:
-            yield op
-            for region in op.regions:
-                yield from region.walk()
+from sharding.errors import ArgumentError, Problem, RuleError
+from sharding.op import Op as Op
+from sharding.op import Region as Region
+from sharding.op import Scope, type_text
+from sharding.op import Value as Value
+from sharding.region import Inline
+from sharding.rule import REGISTRY
 
 
 @dataclass(eq=False)
@@ -161,21 +65,29 @@ class Program:
         Raises:
           RuleError: naming every primitive without one, unless `fallback` is "replicate".
         """
-        missing: dict[Any, list[Op]] = {}
+        missing: dict[tuple[Any, str], list[Op]] = {}
         for op in self.ops():
+            if op.scope.manual is not None and op.scope.manual.full:
+                continue  # runs as it is
             if op.primitive not in REGISTRY.rules and op.control is None:
-                missing.setdefault(op.primitive, []).append(op)
+                missing.setdefault((op.primitive, _kernel(op)), []).append(op)
         if missing and fallback != "replicate":
-            raise RuleError(*(_missing_rule(prim, ops) for prim, ops in missing.items()))
+            raise RuleError(*(_missing_rule(prim, k, ops) for (prim, k), ops in missing.items()))
 
     def __str__(self) -> str:
         return "\n".join(render(self))
 
 
 def build(closed: Any, in_names: Sequence[str] = (), out_names: Sequence[str] = ()) -> Program:
-    """A Program from a closed jaxpr; names are those of the flat arguments and results."""
+    """A Program from a closed jaxpr; names are those of the flat arguments and results.
+
+    Raises:
+      ArgumentError: it changes mutable arrays outside of itself.
+    """
+    _check_refs(closed, in_names)
+    closed = _jax.without_refs(closed)
     builder = _Builder()
-    body = builder.region(closed, list(in_names))
+    body = builder.region(closed, list(in_names), Scope())
     for value, name in zip(body.outputs, out_names, strict=False):
         if not value.name and value.const is None:
             value.name = name
@@ -192,17 +104,17 @@ class _Builder:
         self.values.append(value)
         return value
 
-    def region(self, closed: Any, in_names: list[str], caller: str = "") -> Region:
+    def region(self, closed: Any, in_names: list[str], scope: Scope) -> Region:
         jaxpr = closed.jaxpr
         in_names += [""] * (len(jaxpr.invars) - len(in_names))
         inputs = [self.value(v.aval, n) for v, n in zip(jaxpr.invars, in_names, strict=True)]
         consts: list[Value] = []
         ops: list[Op] = []
-        outputs = self.equations(closed, inputs, ops, consts, caller)
+        outputs = self.equations(closed, inputs, ops, consts, scope)
         return Region(tuple(inputs), tuple(outputs), tuple(ops), tuple(consts))
 
     def equations(
-        self, closed: Any, args: Sequence[Value], ops: list[Op], consts: list[Value], caller: str
+        self, closed: Any, args: Sequence[Value], ops: list[Op], consts: list[Value], scope: Scope
     ) -> list[Value]:
         """Appends the equations of `closed`, applied to `args`, and returns its results."""
         jaxpr = closed.jaxpr
@@ -218,28 +130,69 @@ class _Builder:
 
         for eqn in jaxpr.eqns:
             inputs = [read(atom) for atom in eqn.invars]
-            inline = REGISTRY.inlined.get(eqn.primitive)
-            if inline is not None:
-                with _jax.at_source(eqn):  # the body may be traced only now
-                    body = inline(eqn.params)
-                outputs = self.equations(
-                    body, inputs, ops, consts, _jax.source_of(eqn) or caller
-                )
+            inline = self.inlined(eqn, scope)
+            if inline is None:
+                outputs = self.op(eqn, inputs, ops, scope)
             else:
-                outputs = self.op(eqn, inputs, ops, caller)
+                with _jax.tracing_context(eqn):  # the body may be traced only now
+                    body = inline.body(eqn.params)
+                inputs = [inputs[i] for i in inline.operands(eqn.params, len(inputs))]
+                inner = scope._replace(
+                    caller=_jax.source_of(eqn) or scope.caller,
+                    axis_rules=inline.axis_rules(eqn.params, scope.axis_rules),
+                )
+                outputs = self.equations(body, inputs, ops, consts, inner)
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def op(self, eqn: Any, inputs: list[Value], ops: list[Op], caller: str) -> list[Value]:
-        outputs = [self.value(var.aval) for var in eqn.outvars]
-        op = Op(self.count, eqn.primitive, eqn.params, tuple(inputs), tuple(outputs), eqn)
-        op.caller = caller
-        self.count += 1
+    def inlined(self, eqn: Any, scope: Scope) -> Inline | None:
+        """What replaces an equation: as registered; for one without a rule that other packages
+        define, the JAX function that it is lowered as."""
+        if eqn.primitive in REGISTRY or (scope.manual is not None and scope.manual.full):
+            return REGISTRY.inlined.get(eqn.primitive)
+        fun = _jax.lowered_as(eqn.primitive)
+        return None if fun is None else Inline(lambda params: _jax.traced_as(fun, eqn))
+
+    def op(self, eqn: Any, inputs: Sequence[Value], ops: list[Op], scope: Scope) -> list[Value]:
+        """Appends one equation, with its regions; or one op per operand, where it says so."""
+        avals = [var.aval for var in eqn.outvars]
+        one = REGISTRY.apart.get(eqn.primitive)
+        if one is not None:
+            each = [one(eqn.params, i) for i in range(len(inputs))]
+            return self.each(eqn.primitive, each, eqn, inputs, avals, ops, scope)
         control = REGISTRY.controls.get(eqn.primitive)
-        if control is not None:
-            op.regions = tuple(
-                self.region(body, [], op.source) for body in control.bodies(eqn.params)
+        if control is not None and control.enter is not None:
+            each = [{}] * len(inputs)
+            inputs = self.each(
+                control.enter, each, eqn, inputs, [v.aval for v in inputs], ops, scope
             )
+        outputs = self.append(eqn.primitive, eqn.params, eqn, inputs, avals, ops, scope)
+        if control is not None:
+            inner = scope.inside(control.manual(eqn.params))._replace(caller=ops[-1].source)
+            with _jax.tracing_context(eqn):
+                bodies = control.bodies(eqn.params)
+            ops[-1].regions = tuple(self.region(body, [], inner) for body in bodies)
+        return outputs
+
+    def each(
+        self, primitive: Any, params: Sequence[Mapping[str, Any]], eqn: Any,
+        inputs: Sequence[Value], avals: Sequence[Any], ops: list[Op], scope: Scope,
+    ) -> list[Value]:  # fmt: skip
+        """The results of one new op per operand."""
+        made = [
+            self.append(primitive, mine, eqn, [v], [aval], ops, scope)
+            for mine, v, aval in zip(params, inputs, avals, strict=True)
+        ]
+        return [values[0] for values in made]
+
+    def append(
+        self, primitive: Any, params: Mapping[str, Any], eqn: Any, inputs: Sequence[Value],
+        avals: Sequence[Any], ops: list[Op], scope: Scope,
+    ) -> list[Value]:  # fmt: skip
+        """The results of a new op at the end of `ops`."""
+        outputs = [self.value(aval) for aval in avals]
+        op = Op(self.count, primitive, params, tuple(inputs), tuple(outputs), eqn, (), scope)
+        self.count += 1
         for value in outputs:
             value.op = op
         ops.append(op)
@@ -252,11 +205,6 @@ def value_bytes(value: Value) -> int:
     for n in value.shape:
         count *= n
     return count * getattr(value.dtype, "itemsize", 4)
-
-
-def type_text(value: Value) -> str:
-    short = getattr(value.aval, "str_short", None)
-    return short(short_dtypes=True) if short else str(value.aval)
 
 
 def describe(value: Value) -> str:
@@ -301,20 +249,46 @@ def render(
         yield f"out {show(value)}{note(value)}"
 
 
-def _missing_rule(primitive: Any, ops: Sequence[Op]) -> Problem:
+def _check_refs(closed: Any, in_names: Sequence[str]) -> None:
+    arguments, captured = _jax.outer_refs(closed)
+    named = [in_names[i] if i < len(in_names) else f"argument {i}" for i in arguments]
+    if named or captured:
+        raise ArgumentError(
+            Problem(
+                f"mutable arrays (jax.Ref) from outside: {', '.join(named) or 'closed over'}",
+                "a partitioned program takes and returns arrays, and changes none in place",
+                "pass it as an argument of a call of spmd.jit, which writes the new value back; "
+                "or pass ref[...] and assign what the program returns",
+            )
+        )
+
+
+def _kernel(op: Op) -> str:
+    """What a primitive that runs anything runs here; empty for all others."""
+    opaque = REGISTRY.opaque.get(op.primitive.name)
+    return opaque(op.params) if opaque else ""
+
+
+def _missing_rule(primitive: Any, kernel: str, ops: Sequence[Op]) -> Problem:
     op = ops[0]
     size = sum(value_bytes(v) for v in (*op.inputs, *op.outputs))
     more = f" and {len(ops) - 1} more" if len(ops) > 1 else ""
     text = _rule_text(op)
     accept = 'accept the cost with fallback="replicate"'
+    opaque = primitive.name in REGISTRY.opaque
+    name = f"primitive {primitive.name!r}" + (f" {kernel!r}" if kernel else "")
     fix = (
+        f'decorate the function that calls it with @sharding.rule("{text}"), with one name for '
+        f"dims that are sharded alike and fixed= for those that must be whole, or {accept}"
+        if opaque
+        else
         f'register sharding.rule("{text}")({primitive.name}_p) with the dims that pass through, '
         f"or {accept}"
         if text
         else accept
     )
     return Problem(
-        f"primitive {primitive.name!r} at {op.source or 'unknown source'}{more} has no rule",
+        f"{name} at {op.source or 'unknown source'}{more} has no rule",
         "without one its partitioning cannot be inferred; running it replicated would hold "
         f"{size:,} bytes of operands and results on every device",
         fix,

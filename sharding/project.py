@@ -4,7 +4,7 @@ The engine never sees an operation: it projects the shardings of an equation's t
 factors, decides there, and projects back.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from sharding.mesh import (
     MeshShape,
@@ -15,7 +15,7 @@ from sharding.mesh import (
     split_ref,
     split_to_fit,
 )
-from sharding.rule import Rule
+from sharding.rule import Kind, Rule
 
 Axes = tuple[str, ...]
 
@@ -34,14 +34,26 @@ def to_factors(
         if len(names) == 1:
             found[names[0]] = axes
             continue
-        for name in names:
-            size = rule.factors[name].size
-            taken, axes = split_to_fit(mesh, axes, size)
-            if taken:
-                found[name] = taken
-            if not axes or axes_size(mesh, taken) != size:
-                break
+        alone = names[0] in rule.alone
+        parts, left = _divided(rule, names[1:] if alone else names, axes, mesh)
+        whole = left or any(rule.factors[name].kind is Kind.FIXED for name in parts)
+        found.update({names[0]: axes} if alone and whole else parts)
     return found
+
+
+def _divided(
+    rule: Rule, names: Sequence[str], axes: Axes, mesh: MeshShape
+) -> tuple[dict[str, Axes], Axes]:
+    """Axes per factor of one dim, major to minor, and what does not fit."""
+    parts: dict[str, Axes] = {}
+    for name in names:
+        size = rule.factors[name].size
+        taken, axes = split_to_fit(mesh, axes, size)
+        if taken:
+            parts[name] = taken
+        if not axes or axes_size(mesh, taken) != size:
+            break
+    return parts, axes
 
 
 def to_dims(
@@ -62,11 +74,16 @@ def expressible(
     rule: Rule, tensor: int, factors: Mapping[str, Axes], mesh: MeshShape
 ) -> bool:
     """Whether a tensor's dims stay contiguous: even shards, and majors whole before minors."""
+    for name, others in rule.alone.items():
+        if factors.get(name) and any(factors.get(other) for other in others):
+            return False
     for names in rule.tensors[tensor]:
         if len(names) < 2:
             continue
         whole = True
         for name in names:
+            if name in rule.alone:
+                continue
             axes = factors.get(name, ())
             size = rule.factors[name].size
             shards = axes_size(mesh, axes)

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
-from sharding.annotate import AxisRules, rank_problem, resolve
-from sharding.errors import Problem, SpecError
+from sharding.errors import SpecError
 from sharding.mesh import MeshShape, axes_size
 from sharding.program import Program, Value, render
 from sharding.project import clashes, expressible, extension, to_dims, to_factors
 from sharding.provenance import Event, Rejection
+from sharding.region import Port
 from sharding.resolve import Proposal, rank, reason
 from sharding.rule import Kind, Rule, edge_rule
 from sharding.spec import DimSharding, Sharding, check_axes
@@ -86,34 +86,6 @@ def propagate(
     return _Propagation(program, mesh, annotations).run()
 
 
-def annotations_in(
-    program: Program, mesh: MeshShape, rules: AxisRules
-) -> list[tuple[Value, Sharding]]:
-    """What `shard` and `with_sharding_constraint` inside the program say.
-
-    Raises:
-      SpecError: all annotations that do not fit, each with its source line.
-    """
-    found: list[tuple[Value, Sharding]] = []
-    problems: list[Problem] = []
-    for op in program.ops():
-        spec = op.rule.annotation if op.control is None else None
-        if spec is None:
-            continue
-        value = op.outputs[0]
-        what = f"the annotation at {op.source or 'an unknown line'}"
-        too_long = rank_problem(spec, value.rank, what, value.shape)
-        if too_long is not None:
-            problems.append(too_long)
-            continue
-        sharding, bad = resolve(spec, value.rank, mesh, rules, what)
-        problems += bad
-        found.append((value, sharding))
-    if problems:
-        raise SpecError(*problems)
-    return found
-
-
 def make_links(program: Program) -> list[Link]:
     """Every equation, and every tie across a region's boundary, as a rule over values."""
     links: list[Link] = []
@@ -122,18 +94,28 @@ def make_links(program: Program) -> list[Link]:
             links.append(Link(op.inputs + op.outputs, op.rule, op.index))
             continue
 
-        def edge(inner: Value, outer: Value, stacked: bool, index: int = op.index) -> None:
+        def edge(inner: Value, outer: Value, port: Port | None, index: int = op.index) -> None:
             if outer.rank:
-                links.append(Link((inner, outer), edge_rule(inner.shape, stacked), index))
+                links.append(Link((inner, outer), _edge(inner, outer, port), index))
 
         for port in op.in_ports:
-            edge(op.regions[port.region].inputs[port.inner], op.inputs[port.outer], port.stacked)
+            edge(op.regions[port.region].inputs[port.inner], op.inputs[port.outer], port)
         for port in op.out_ports:
-            edge(op.regions[port.region].outputs[port.inner], op.outputs[port.outer], port.stacked)
+            edge(op.regions[port.region].outputs[port.inner], op.outputs[port.outer], port)
         for region, out, into in op.control.carries(op):
             body = op.regions[region]
-            edge(body.inputs[into], body.outputs[out], False)
+            edge(body.inputs[into], body.outputs[out], None)
     return links
+
+
+def _edge(inner: Value, outer: Value, port: Port | None) -> Rule:
+    if port is None or not port.lead:
+        return edge_rule(inner.shape, port is not None and port.stacked)
+    shards = tuple(
+        (n // max(local, 1) if axes else 0)
+        for axes, n, local in zip(port.lead, outer.shape, inner.shape, strict=True)
+    )
+    return edge_rule(inner.shape, False, shards)
 
 
 class _Propagation:
@@ -344,7 +326,7 @@ class _Propagation:
         """The prefix of `more` that the tensor can take, and why not the rest."""
         value = link.values[t]
         used = tuple(a for axes in self.dims[value.id] for a in axes) + self.reserved[value.id]
-        size = link.rule.factors[proposal.factor].size
+        size = self.limit(link, proposal.factor, t)
         taken: tuple[str, ...] = ()
         for axis in more:
             if clashes(axis, used + taken):
@@ -356,6 +338,14 @@ class _Propagation:
                 return taken, "the shards would not be contiguous"
             taken += (axis,)
         return taken, ""
+
+    def limit(self, link: Link, factor: str, t: int) -> int:
+        """The most shards that a tensor takes along a factor."""
+        size, kind, _ = link.rule.factors[factor]
+        if kind is not Kind.PERMUTE:
+            return size
+        d = next(d for u, d in link.rule.where[factor] if u == t)
+        return link.values[t].shape[d]
 
     def extend(self, value: Value, d: int, axes: tuple[str, ...]) -> None:
         dims = self.dims[value.id]

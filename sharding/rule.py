@@ -11,7 +11,12 @@ from enum import Enum
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, Protocol
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from sharding.errors import Problem, RuleError
+from sharding.region import Control, Inline
 
 
 class Kind(Enum):
@@ -19,11 +24,16 @@ class Kind(Enum):
 
     PASS = "pass"  # every shard is computed on its own
     REDUCE = "reduce"  # shards hold addends (or other monoid operands) of the result
+    PERMUTE = "permute"  # shards are computed from their own and their neighbours' elements
     FIXED = "fixed"  # must not be sharded: gathered by plan
 
 
 class Factor(NamedTuple):
-    """One iteration dim: its global size, its kind and, for REDUCE, the monoid."""
+    """One iteration dim: its global size, its kind and, for REDUCE, the monoid.
+
+    A PERMUTE factor may have another size in operands than in results (windows, strides, padding):
+    its size is that of the result.
+    """
 
     size: int
     kind: Kind = Kind.PASS
@@ -56,8 +66,16 @@ class Local(Protocol):
         """Local shape of a result."""
         ...
 
+    def is_read(self, result: int) -> bool:
+        """Whether anything reads a result."""
+        ...
+
     def index(self, axes: tuple[str, ...]) -> Any:
         """Traced int32: this device's place along `axes`, major to minor."""
+        ...
+
+    def named(self, axes: Any) -> Any:
+        """Manual axes, as the user names them, by the names that collectives take."""
         ...
 
     def mask(self, x: Any, operand: int, factor: str, fill: Any) -> Any:
@@ -66,6 +84,29 @@ class Local(Protocol):
 
     def all_gather(self, x: Any, axes: tuple[str, ...], dim: int) -> Any:
         """Shards along `axes` concatenated on `dim`."""
+        ...
+
+    def all_reduce(self, x: Any, axes: tuple[str, ...], monoid: str = "add") -> Any:
+        """`x` reduced over the devices along `axes`."""
+        ...
+
+    def fetch(
+        self, x: Any, dim: int, axes: tuple[str, ...], size: int, starts: Sequence[int],
+        width: int, fill: Any = 0,
+    ) -> Any:  # fmt: skip
+        """Elements [starts[i], starts[i] + width) along `dim` on shard i, from whoever has them.
+
+        Args:
+          x: the local shard; the dim has `size` elements globally, as many per shard as `x`.
+          axes: mesh axes that shard the dim, major to minor.
+          starts: per shard, known before tracing; places outside of [0, size) hold `fill`.
+        """
+        ...
+
+    def on_first_device(
+        self, fun: Callable[..., Sequence[Any]], *operands: Any
+    ) -> Sequence[Any]:
+        """Results of `fun`, which runs on one device only and holds no collective, on all."""
         ...
 
     def bind(self, *operands: Any, **changed: Any) -> Sequence[Any]:
@@ -104,7 +145,12 @@ class Rule:
       resize: shape-bearing parameter -> index of the result whose local shape replaces it.
       local: what plain re-binding at local shapes cannot do.
       local_when: factors whose sharding calls for `local`; None: any of them.
+      always: `local` is called whatever is sharded.
       identity: the operand is the result: nothing is bound.
+      alone: factor -> factors that must not be sharded with it. Such a factor comes first in dims
+        of several: it stands for the whole dim, and is used where the others cannot express a
+        sharding (uneven merges and splits); its `local` function exchanges what crosses shards.
+      divided: factors that only axes that divide them may shard: padding would count.
       elementary: result i is operand i whatever the others are: each keeps the layout it has.
       masked: whether re-binding needs the padding of uneven REDUCE factors masked (default).
       early: pointwise, reshape, transpose and data-flow edges, which propagate first.
@@ -121,7 +167,10 @@ class Rule:
     resize: tuple[tuple[str, int], ...] = ()
     local: Callable[..., Sequence[Any]] | None = None
     local_when: frozenset[str] | None = None
+    always: bool = False
     identity: bool = False
+    alone: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    divided: frozenset[str] = frozenset()
     elementary: bool = False
     masked: bool = True
     early: bool = False
@@ -136,9 +185,11 @@ class Rule:
 
     @cached_property
     def even(self) -> frozenset[str]:
-        """Factors that share a dim with another: only even shards keep such a dim contiguous."""
-        return frozenset(
+        """Factors that are sharded evenly or not at all: those that are `divided`, and those that
+        share a dim with another, since only even shards keep such a dim contiguous."""
+        return self.divided | frozenset(
             f for dims in self.tensors for names in dims if len(names) > 1 for f in names
+            if f not in self.alone
         )
 
     @cached_property
@@ -153,8 +204,8 @@ class Rule:
 
     @cached_property
     def simple(self) -> bool:
-        """Every dim has at most one factor."""
-        return not self.even
+        """Every dim has at most one factor, which may be sharded in any way."""
+        return not self.even and not self.alone
 
     def __str__(self) -> str:
         def side(tensors: tuple[Dims, ...]) -> str:
@@ -169,54 +220,27 @@ class Rule:
 RuleFn = Callable[[OpInfo], Rule]
 
 
-@dataclass(frozen=True)
-class Port:
-    """An operand or result of a control-flow equation, tied to a value at a region's boundary.
-
-    Attributes:
-      outer: index of the operand (or result).
-      region: index of the region.
-      inner: index of the region's input (or output).
-      stacked: the outer value has one more leading dim, which the loop runs over.
-    """
-
-    outer: int
-    region: int
-    inner: int
-    stacked: bool = False
-
-
-@dataclass(frozen=True)
-class Control:
-    """A primitive with regions: how it ties values across their boundaries, and how to rebuild it.
-
-    Attributes:
-      bodies: params -> the closed jaxprs of the regions.
-      inputs: op -> ports of operands; one operand may have several.
-      outputs: op -> ports of results.
-      carries: op -> (region, output, input) triples that must agree, as in a loop.
-      build: (params, traceable region functions, local operands) -> local results.
-      trips: op -> how often each region runs, for counting; 1 where unknown.
-    """
-
-    bodies: Callable[[Mapping[str, Any]], Sequence[Any]]
-    inputs: Callable[[Any], Sequence[Port]]
-    outputs: Callable[[Any], Sequence[Port]]
-    build: Callable[[Mapping[str, Any], Sequence[Callable], Sequence[Any]], Sequence[Any]]
-    carries: Callable[[Any], Sequence[tuple[int, int, int]]] = lambda op: ()
-    trips: Callable[[Any], int] = lambda op: 1
-
-
 @dataclass
 class Registry:
-    """Everything the project knows about primitives: rules, control flow, and what is inlined."""
+    """Everything the project knows about primitives: rules, control flow, and what is inlined.
+
+    Attributes:
+      opaque: name of a primitive that runs anything -> parameters -> what it runs.
+    """
 
     rules: dict[Any, RuleFn] = field(default_factory=dict)
     controls: dict[Any, Control] = field(default_factory=dict)
-    inlined: dict[Any, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
+    inlined: dict[Any, Inline] = field(default_factory=dict)
+    opaque: dict[str, Callable[[Mapping[str, Any]], str]] = field(default_factory=dict)
+    apart: dict[Any, Callable[[Mapping[str, Any], int], Mapping[str, Any]]] = field(
+        default_factory=dict
+    )
+
+    def __contains__(self, primitive: Any) -> bool:
+        return any(primitive in found for found in (self.rules, self.controls, self.inlined))
 
     def claim(self, primitive: Any) -> None:
-        if primitive in self.rules or primitive in self.controls or primitive in self.inlined:
+        if primitive in self:
             raise RuleError(
                 Problem(
                     f"a second rule for primitive {primitive}",
@@ -251,14 +275,32 @@ def register_control(primitive: Any, control: Control) -> None:
     REGISTRY.controls[primitive] = control
 
 
-def register_inline(primitive: Any, body: Callable[[Mapping[str, Any]], Any]) -> None:
-    """`primitive` is replaced by the equations of `body(params)`, a closed jaxpr."""
+def register_inline(
+    primitive: Any, body: Callable[[Mapping[str, Any]], Any], **options: Any
+) -> None:
+    """`primitive` is replaced by the equations of `body(params)`, see `Inline`."""
     REGISTRY.claim(primitive)
-    REGISTRY.inlined[primitive] = body
+    REGISTRY.inlined[primitive] = Inline(body, **options)
+
+
+def register_apart(
+    primitive: Any, one: Callable[[Mapping[str, Any], int], Mapping[str, Any]]
+) -> None:
+    """`primitive` acts on each operand alone: `one(params, i)` are the parameters for one of them,
+    and its rule is for one operand."""
+    REGISTRY.apart[primitive] = one
 
 
 def names(prefix: str, count: int) -> tuple[str, ...]:
     return tuple(f"{prefix}{i}" for i in range(count))
+
+
+def sum_monoid(dtype: Any) -> str:
+    """The monoid under which one element and any number of zeros are that element; "" for keys and
+    for floats that have no zero (float8_e8m0fnu)."""
+    if jnp.issubdtype(dtype, jax.dtypes.extended) or np.zeros((), dtype) != 0:
+        return ""
+    return "or" if dtype == jnp.bool_ else "add"
 
 
 def pointwise_rule(
@@ -302,18 +344,24 @@ def _pointwise_rule(
 
 
 @lru_cache(maxsize=8192)
-def edge_rule(shape: tuple[int, ...], stacked: bool) -> Rule:
+def edge_rule(shape: tuple[int, ...], stacked: bool, shards: tuple[int, ...] = ()) -> Rule:
     """The identity between a value at a region's boundary (first) and its partner outside.
 
     A stacked partner has one more leading dim, over which the loop runs: it is FIXED.
+    Of dim d of the partner the region sees one of `shards[d]` manual shards; 0: it has no axes.
     """
     dims = names("d", len(shape))
     factors = {d: Factor(n) for d, n in zip(dims, shape, strict=True) if n != 1}
     inner = tuple((d,) if n != 1 else () for d, n in zip(dims, shape, strict=True))
-    if not stacked:
-        return Rule((inner,), (inner,), factors, early=True)
-    factors["loop"] = Factor(0, Kind.FIXED)
-    return Rule((inner,), ((("loop",), *inner),), factors, early=True)
+    if stacked:
+        factors["loop"] = Factor(0, Kind.FIXED)
+        return Rule((inner,), ((("loop",), *inner),), factors, early=True)
+    outer: list[tuple[str, ...]] = list(inner)
+    for d, count in enumerate(shards):
+        if count:
+            factors[f"m{d}"] = Factor(count)
+            outer[d] = (f"m{d}", *inner[d])
+    return Rule((inner,), (tuple(outer),), factors, early=True)
 
 
 def replicated_rule(op: OpInfo) -> Rule:

@@ -1,17 +1,20 @@
 """Arguments of a call: flat leaves, names a user recognises, and every annotation they carry."""
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
-from sharding import _jax
+from sharding._jax import jit as _jit
 from sharding.annotate import DimSpec, Spec, metadata_spec, spec_of
-from sharding.errors import ArgumentError, Problem
+from sharding.errors import ArgumentError, ArgumentTypeError, DonationError, Problem
+from sharding.mesh import MeshShape
+from spmd.options import is_entry
 
 
 @dataclass(frozen=True)
@@ -22,52 +25,85 @@ class Arguments:
       leaves: flat arrays, scalars or ShapeDtypeStructs.
       tree: of (args, kwargs), without static arguments.
       names: per leaf, such as `params['layers']['wq']`.
-      specs: per leaf, the annotation that the argument itself carries (committed NamedSharding,
-        flax metadata); None where there is none.
       static: the static arguments, part of what a program is compiled for.
+      boxes: per leaf, the annotation of the flax metadata around it, or None.
+      specs: per leaf, the annotation that it carries on the mesh (committed NamedSharding, flax
+        metadata); None where there is none. Filled in by `on`.
+      memories: per leaf, the kind of memory that it was put into on purpose, or None. As `specs`.
     """
 
     leaves: tuple[Any, ...]
     tree: Any
     names: tuple[str, ...]
-    specs: tuple[Spec | None, ...]
-    static: tuple[Any, ...]
+    static: tuple[tuple[int | str, Any], ...] = ()
+    boxes: tuple[Spec | None, ...] = ()
+    specs: tuple[Spec | None, ...] = ()
+    memories: tuple[str | None, ...] = ()
 
     @cached_property
     def avals(self) -> tuple[Any, ...]:
-        return tuple(map(_jax.abstractify, self.leaves))
+        """Types of the leaves.
+
+        Raises:
+          ArgumentTypeError: with every leaf that is no array.
+        """
+        problems: list[Problem] = []
+        found = []
+        for leaf, name in zip(self.leaves, self.names, strict=True):
+            try:
+                found.append(_jit.abstractify(leaf))
+            except TypeError:
+                problems.append(_no_array(name, leaf))
+            except OverflowError:
+                raise OverflowError(str(_too_large(name, leaf))) from None
+        if problems:
+            raise ArgumentTypeError(*problems)
+        return tuple(found)
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
-        """What a traced program depends on; `specs` besides, for its partitioning.
+        """What a traced program depends on; `specs` and `memories` besides, for its partitioning.
 
         Raises:
           ArgumentError: a static argument is not hashable.
         """
-        for where, value in self.static:
-            try:
-                hash(value)
-            except TypeError:
-                raise ArgumentError(_unhashable(where, value)) from None
+        check_hashable(self.static)
         # 2 == 2.0, but they make different programs.
         static = tuple((where, type(value), value) for where, value in self.static)
         return self.avals, self.tree, static
 
+    @cached_property
+    def placed(self) -> list[Any]:
+        """Per leaf, the sharding that it was put on on purpose, or None."""
+        return list(map(_jit.committed_sharding, self.leaves))
+
+    def on(self, mesh: Any) -> "Arguments":
+        """With the annotations that the arguments carry on a mesh."""
+        shape = MeshShape.of(mesh)
+        specs = tuple(
+            spec_on(shape, sharding, len(aval.shape)) or box
+            for sharding, aval, box in zip(self.placed, self.avals, self.boxes, strict=True)
+        )
+        found = copy.copy(self)  # with what is cached
+        object.__setattr__(found, "specs", specs)
+        object.__setattr__(found, "memories", tuple(map(_jit.special_memory, self.placed)))
+        return found
+
+    def abstract(self) -> "Arguments":
+        """Without the arrays, so that nothing that is kept keeps them alive."""
+        return replace(self, leaves=self.avals)
+
     @property
-    def keywords(self) -> bool:
-        """Whether there are dynamic keyword arguments."""
-        return bool(jax.tree.unflatten(self.tree, self.leaves)[1])
+    def keywords(self) -> list[str]:
+        """Names of the dynamic keyword arguments."""
+        return list(jax.tree.unflatten(self.tree, self.leaves)[1])
 
 
 def flatten(
     fun: Callable, args: Sequence[Any], kwargs: dict[str, Any],
-    static_argnums: Sequence[int], static_argnames: Sequence[str], mesh_names: Sequence[str],
+    static_argnums: Sequence[int], static_argnames: Sequence[str],
 ) -> Arguments:  # fmt: skip
-    """The dynamic leaves of a call with names and annotations.
-
-    Args:
-      mesh_names: a committed NamedSharding counts as an annotation when its axes are these.
-    """
+    """The dynamic leaves of a call, with their names."""
     static_at = {i % len(args) if args else i for i in static_argnums if i < len(args)}
     dynamic = tuple(a for i, a in enumerate(args) if i not in static_at)
     static = tuple((i, args[i]) for i in sorted(static_at))
@@ -76,13 +112,11 @@ def flatten(
     paths, tree = jax.tree_util.tree_flatten_with_path((dynamic, dynamic_kw))
     positions = [i for i in range(len(args)) if i not in static_at]
     names = parameter_names(fun, len(args))
-    called = tuple(_name(path, [names[i] for i in positions]) for path, _ in paths)
+    names = [names[i] for i in positions]
+    called = tuple(_name(path, names) for path, _ in paths)
     leaves = tuple(leaf for _, leaf in paths)
-    boxed = _metadata((dynamic, dynamic_kw))
-    specs = tuple(
-        _committed_spec(leaf, mesh_names) or box for leaf, box in zip(leaves, boxed, strict=True)
-    )
-    return Arguments(leaves, tree, called, specs, static)
+    boxes = tuple(_metadata((dynamic, dynamic_kw)))
+    return Arguments(leaves, tree, called, static, boxes)
 
 
 def rebuild(
@@ -99,6 +133,45 @@ def rebuild(
     return args, kwargs
 
 
+def check_hashable(static: Sequence[tuple[int | str, Any]]) -> None:
+    """Raises ArgumentError with every static argument that cannot be part of a cache key."""
+    problems = []
+    for where, value in static:
+        try:
+            hash(value)
+        except TypeError:
+            problems.append(_unhashable(where, value))
+    if problems:
+        raise ArgumentError(*problems)
+
+
+def suspicious(args: Any, donates: bool) -> bool:
+    """Whether a leaf of `args` was deleted or, where some are donated, is there twice."""
+    if _jit.any_deleted(args):
+        return True
+    if not donates:
+        return False
+    arrays = [id(x) for x in jax.tree.leaves(args) if _jit.is_array(x)]
+    return len(set(arrays)) != len(arrays)
+
+
+def check_buffers(arguments: Arguments, donated: Sequence[bool]) -> None:
+    """Raises DonationError with every leaf that was deleted or donated, or is donated twice."""
+    problems: list[Problem] = []
+    names: dict[int, list[str]] = {}
+    for leaf, name in zip(arguments.leaves, arguments.names, strict=True):
+        names.setdefault(id(leaf), []).append(name)
+        if _jit.deleted(leaf):
+            problems.append(_gone(name, leaf))
+    for leaf, flag in zip(arguments.leaves, donated, strict=True):
+        shared = names[id(leaf)]
+        if flag and _jit.is_array(leaf) and len(shared) > 1 and not _jit.deleted(leaf):
+            problems.append(_shared(shared, leaf))
+            names[id(leaf)] = []
+    if problems:
+        raise DonationError(*problems)
+
+
 def broadcast(prefix: Any, tree: Any, what: str) -> list[Any]:
     """One entry of a pytree prefix per leaf of `tree`; None entries stand for "infer".
 
@@ -111,11 +184,11 @@ def broadcast(prefix: Any, tree: Any, what: str) -> list[Any]:
         found.extend([entry] * len(jax.tree.leaves(below)))
 
     try:
-        jax.tree.map(spread, prefix, tree, is_leaf=_is_entry)
+        jax.tree.map(spread, prefix, tree, is_leaf=is_entry)
     except ValueError as error:
         raise ArgumentError(
             Problem(
-                f"{what} has structure {jax.tree.structure(prefix, is_leaf=_is_entry)}",
+                f"{what} has structure {jax.tree.structure(prefix, is_leaf=is_entry)}",
                 f"it must be a prefix of {jax.tree.structure(tree)}: {error}",
                 f"give {what} one entry per {_part(what)}, or one for all of them",
             )
@@ -158,6 +231,39 @@ def _name(path: Sequence[Any], names: Sequence[str]) -> str:
     return f"{first.key}{jax.tree_util.keystr(rest)}"
 
 
+def _gone(name: str, leaf: Any) -> Problem:
+    return Problem(
+        f"{name}, {leaf.aval.str_short()}, has been deleted",
+        "it was donated to an earlier call, whose result took its memory, or deleted by hand",
+        "use the result of that call, or do not donate it",
+    )
+
+
+def _shared(names: Sequence[str], leaf: Any) -> Problem:
+    return Problem(
+        f"{' and '.join(names)} are one array, {leaf.aval.str_short()}, and it is donated",
+        "its memory can be donated once, and nothing else may read it in that call",
+        f"pass a copy, jnp.copy({names[-1]}), or do not donate it",
+    )
+
+
+def _no_array(name: str, leaf: Any) -> Problem:
+    return Problem(
+        f"{name} is {leaf!r}, a {type(leaf).__name__}",
+        "arguments of a compiled function are arrays, scalars, or pytrees of them",
+        "pass an array, make the argument static (static_argnums, static_argnames), or register "
+        "its class as a pytree",
+    )
+
+
+def _too_large(name: str, leaf: Any) -> Problem:
+    return Problem(
+        f"{name} is {leaf!r}",
+        "Python integers become int32 arrays, which cannot hold it",
+        f"pass a float, make {name} static, or enter jax.enable_x64(True)",
+    )
+
+
 def _unhashable(where: int | str, value: Any) -> Problem:
     name = f"static argument {where!r}"
     return Problem(
@@ -167,14 +273,11 @@ def _unhashable(where: int | str, value: Any) -> Problem:
     )
 
 
-def _is_entry(x: Any) -> bool:
-    return x is None or isinstance(x, (PartitionSpec, jax.sharding.Sharding, Spec))
-
-
-def _committed_spec(leaf: Any, mesh_names: Sequence[str]) -> Spec | None:
-    sharding = _jax.committed_sharding(leaf)
-    if isinstance(sharding, NamedSharding) and tuple(sharding.mesh.axis_names) == tuple(mesh_names):
-        return trimmed(spec_of(sharding, len(leaf.shape)))
+@lru_cache(maxsize=8192)
+def spec_on(mesh: MeshShape, sharding: Any, rank: int) -> Spec | None:
+    """What a NamedSharding says, where it is over a mesh like this one."""
+    if isinstance(sharding, NamedSharding) and MeshShape.of(sharding.mesh) == mesh:
+        return trimmed(spec_of(sharding, rank))
     return None
 
 

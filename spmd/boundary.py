@@ -7,6 +7,7 @@ of its axes that divides it evenly; inside the program it is padded and sharded 
 from collections.abc import Sequence
 from typing import Any
 
+from jax.experimental.layout import Format
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sharding.mesh import MeshShape, axes_size
@@ -39,6 +40,19 @@ def even_prefix(axes: tuple[str, ...], n: int, mesh: MeshShape) -> tuple[str, ..
     return kept
 
 
+def completed(given: Sharding | None, inferred: Sharding) -> Sharding:
+    """What `out_shardings` says of a result; dims that it leaves open are where they were inferred
+    to be."""
+    if given is None:
+        return inferred
+    taken = {axis for dim in given.dims for axis in dim.axes}
+    dims = tuple(
+        found if dim.open and not dim.axes and taken.isdisjoint(found.axes) else dim
+        for dim, found in zip(given.dims, inferred.dims, strict=True)
+    )
+    return Sharding(dims)
+
+
 def partition_spec(layout: Layout) -> PartitionSpec:
     """The PartitionSpec of a layout without partial axes; trailing empty dims are dropped."""
     entries = [axes[0] if len(axes) == 1 else axes or None for axes in layout.dims]
@@ -47,12 +61,32 @@ def partition_spec(layout: Layout) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
-def named(mesh: Any, layouts: Sequence[Layout]) -> list[NamedSharding]:
-    return [NamedSharding(mesh, partition_spec(layout)) for layout in layouts]
+def even_spec(sharding: Sharding, shape: Sequence[int], mesh: MeshShape) -> PartitionSpec:
+    """The PartitionSpec of what can be held evenly of a sharding."""
+    pairs = zip(sharding.dims, shape, strict=True)
+    return partition_spec(Layout(tuple(even_prefix(d.axes, n, mesh) for d, n in pairs)))
+
+
+def named(
+    mesh: Any, layouts: Sequence[Layout], memories: Sequence[str | None] = ()
+) -> list[NamedSharding]:
+    """The shardings of values at the boundary; `memories` has the kind of memory of each that
+    does not lie in the devices' own."""
+    kinds = memories or (None,) * len(layouts)
+    pairs = zip(layouts, kinds, strict=True)
+    return [NamedSharding(mesh, partition_spec(x), memory_kind=kind) for x, kind in pairs]
+
+
+def formats(entries: Sequence[Any], shardings: Sequence[NamedSharding]) -> tuple[Any, ...]:
+    """Shardings as `jax.jit` takes them, with the array layout that an entry of the user gives."""
+    return tuple(
+        Format(entry.layout, sharding) if isinstance(entry, Format) else sharding
+        for entry, sharding in zip(entries, shardings, strict=True)
+    )
 
 
 def refined_jax_mesh(mesh: Any, refined: MeshShape) -> Any:
-    """The user's mesh with axes split into sub-axes: the same devices in the same order."""
+    """`mesh`, of Auto axes, with axes split into sub-axes: the same devices in the same order."""
     if tuple(mesh.axis_names) == refined.names:
         return mesh
     sizes = tuple(size for _, size in refined.axes)

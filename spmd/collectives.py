@@ -43,10 +43,10 @@ def _out(eqn: Any) -> float:
 
 # Collective primitives: kind, and wire bytes from the equation and the group size.
 KINDS: Mapping[Any, tuple[str, Any]] = {
-    p.psum_p: ("all_reduce", lambda e, k: cost.all_reduce(_in(e), k)),
-    _jax.psum_invariant_p: ("all_reduce", lambda e, k: cost.all_reduce(_in(e), k)),
-    p.pmax_p: ("all_reduce", lambda e, k: cost.all_reduce(_in(e), k)),
-    p.pmin_p: ("all_reduce", lambda e, k: cost.all_reduce(_in(e), k)),
+    p.psum_p: ("all_reduce", lambda e, k: cost.all_reduce(_out(e), k)),
+    _jax.psum_invariant_p: ("all_reduce", lambda e, k: cost.all_reduce(_out(e), k)),
+    p.pmax_p: ("all_reduce", lambda e, k: cost.all_reduce(_out(e), k)),
+    p.pmin_p: ("all_reduce", lambda e, k: cost.all_reduce(_out(e), k)),
     p.all_gather_p: ("all_gather", lambda e, k: cost.all_gather(_out(e), k)),
     _jax.all_gather_invariant_p: ("all_gather", lambda e, k: cost.all_gather(_out(e), k)),
     _jax.reduce_scatter_p: ("reduce_scatter", lambda e, k: cost.reduce_scatter(_in(e), k)),
@@ -86,7 +86,8 @@ def _walk(jaxpr: Any, sizes: Mapping[str, int], trips: int) -> Iterator[Collecti
         if eqn.primitive in KINDS:
             kind, wire = KINDS[eqn.primitive]
             axes = _axes(eqn.params)
-            shards = prod(sizes[a] for a in axes)
+            groups = eqn.params.get("axis_index_groups")
+            shards = len(groups[0]) if groups else prod(sizes[a] for a in axes)
             if shards > 1:
                 source = _jax.source_of(eqn)
                 yield Collective(kind, axes, trips, trips * wire(eqn, shards), source)
@@ -107,4 +108,5 @@ def _trips(control: Any, eqn: Any) -> int:
 
 def _axes(params: Mapping[str, Any]) -> tuple[str, ...]:
     axes = params.get("axes", params.get("axis_name", ()))
-    return tuple(axes) if isinstance(axes, (tuple, list)) else (axes,)
+    axes = axes if isinstance(axes, (tuple, list)) else (axes,)
+    return tuple(a for a in axes if not isinstance(a, int))  # a number is a dim of the operand

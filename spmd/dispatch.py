@@ -1,32 +1,29 @@
-"""`spmd.jit`: the drop-in for `jax.jit`, its caches and its fast path.
+"""`spmd.jit`: the drop-in for `jax.jit`, and its caches.
 
-A call outside of any transformation goes straight into the executable of the last signature, so
-that the C++ dispatch of JAX decides; only a mismatch comes back to Python. Inside of a
-transformation (grad, vmap, jit, scan ...) the call binds a primitive that holds the *global*
-program: the transformation acts on that, and partitioning happens when it is lowered.
+A call outside of any transformation is dispatched by the C++ code that dispatches `jax.jit`; what
+it does not know comes to `_Family.miss`. Inside of a transformation (grad, vmap, jit, scan ...)
+the call binds a primitive that holds the *global* program: the transformation acts on that, and
+partitioning happens when it is lowered.
 """
 
-import dataclasses
 import functools
+import inspect
 import types
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sharding import _jax
-from sharding.annotate import DimSpec, Spec, normalise_rules, shard_p
-from sharding.errors import ArgumentError, MeshError, Problem
-from sharding.mesh import MeshShape
-from sharding.program import build
-from sharding.propagation import annotations_in, propagate
-from sharding.rule import register_inline
-from spmd import stages
-from spmd.arguments import Arguments, flatten
-from spmd.executable import Executable, check_devices
+from sharding._jax import jit as _jit
+from sharding.annotate import normalise_rules
+from sharding.errors import ArgumentError, ArgumentTypeError, MeshError, Problem
+from spmd import refs, stages, tracing
+from spmd.arguments import Arguments, check_buffers, check_hashable, flatten, suspicious
+from spmd.call import call_of
+from spmd.devices import check_concrete, checked_mesh, with_mesh
+from spmd.executable import Executable, Variants
 from spmd.options import Options
-from spmd.stages import Partitioned
 
 
 def jit(
@@ -41,7 +38,11 @@ def jit(
     static_argnums: int | Sequence[int] | None = None,
     static_argnames: str | Sequence[str] | None = None,
     keep_unused: bool = False,
+    device: Any = None,
+    backend: Any = None,
+    inline: Any = False,
     fallback: str = "error",
+    on_gather: str = "plan",
     compiler_options: Any = None,
 ) -> Any:
     """Compiles `fun` into a partitioned program: `jax.jit`, with the sharding of every operation
@@ -49,17 +50,21 @@ def jit(
 
     Args:
       fun: a function written as for one device.
-      mesh: `jax.sharding.Mesh`, or `AbstractMesh` to plan without devices; by default the mesh
-        that `jax.set_mesh` has set when the function is called.
+      mesh: `jax.sharding.Mesh`, or `AbstractMesh` to plan without devices; by default that of a
+        NamedSharding in `in_shardings` or `out_shardings`, else the one that `jax.set_mesh` has
+        set when the function is called, else that of a committed argument.
       axis_rules: (logical name, mesh axes or None) pairs for names that are no mesh axes, with
         the semantics of flax's logical axis rules.
-      in_shardings: pytree prefix of PartitionSpec, NamedSharding or None (inferred) for the
-        positional arguments.
+      in_shardings: pytree prefix of PartitionSpec, NamedSharding, Format or None (inferred) for
+        the positional arguments.
       out_shardings: the same for the result.
-      donate_argnums, donate_argnames, static_argnums, static_argnames, keep_unused,
+      donate_argnums, donate_argnames, static_argnums, static_argnames, keep_unused, inline,
         compiler_options: as in `jax.jit`.
+      device, backend: deprecated in `jax.jit`; here the mesh says it.
       fallback: "error": a primitive without a sharding rule is an error; "replicate": it runs
         whole on every device.
+      on_gather: "plan": an operation that needs a sharded dim whole gets it gathered, with a
+        diagnostic; "error": that is an error, which lists all of them.
 
     Returns:
       A callable with the stages `.trace`, `.lower` (see `spmd.stages`).
@@ -73,27 +78,227 @@ def jit(
             jit, mesh=mesh, axis_rules=axis_rules, in_shardings=in_shardings,
             out_shardings=out_shardings, donate_argnums=donate_argnums,
             donate_argnames=donate_argnames, static_argnums=static_argnums,
-            static_argnames=static_argnames, keep_unused=keep_unused, fallback=fallback,
+            static_argnames=static_argnames, keep_unused=keep_unused, device=device,
+            backend=backend, inline=inline, fallback=fallback, on_gather=on_gather,
             compiler_options=compiler_options,
         )  # fmt: skip
-    _check_options(fun, fallback)
-    static = _jax.infer_argnums(fun, static_argnums, static_argnames)
-    donate = _jax.infer_argnums(fun, donate_argnums, donate_argnames)
+    _check_callable(fun)
+    _check_choices(device, backend, fallback, on_gather)
+    donated_and_static = _jit.resolve_argnums(
+        fun, donate_argnums, donate_argnames, static_argnums, static_argnames
+    )
     options = Options(
         None if mesh is None else checked_mesh(mesh), normalise_rules(axis_rules),
-        in_shardings, out_shardings,
-        donate[0], donate[1], static[0], static[1], keep_unused, fallback, compiler_options,
+        tuple(in_shardings) if isinstance(in_shardings, list) else in_shardings, out_shardings,
+        *donated_and_static, keep_unused, fallback, on_gather,
+        tuple((compiler_options or {}).items()),
     )  # fmt: skip
-    return Function(fun, options)
+    return Function(_referable(fun), options)
 
 
-def _check_options(fun: Any, fallback: str) -> None:
-    if not callable(fun):
+class Function:
+    """What `spmd.jit` returns."""
+
+    def __init__(self, fun: Callable, options: Options):
+        self._family = family = _Family(fun, options)
+        self._call = _jit.dispatcher(
+            fun, family.miss, options.static_argnums, options.static_argnames, options
+        )
+        self._donates = bool(options.donate_argnums or options.donate_argnames)
+        functools.update_wrapper(self, fun, updated=())
+
+    @_jit.api_boundary
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _jit.BAD_BUFFERS_CRASH and suspicious((args, kwargs), self._donates):
+            self._family.check_buffers(args, kwargs)
+        if self._donates and _jit.looks_for_nans():
+            # The C++ dispatch may know a program that donates what must be kept.
+            return self._family.miss(*args, **kwargs)[0]
+        try:
+            return self._call(*args, **kwargs)
+        except (ValueError, RuntimeError) as error:
+            if "hash" in str(error):
+                self._family.check_static(args, kwargs)
+            elif "deleted" in str(error) or "donate" in str(error):
+                self._family.check_buffers(args, kwargs)
+            raise
+
+    @_jit.api_boundary
+    def trace(self, *args: Any, **kwargs: Any) -> stages.Traced:
+        """The program for arguments like these; `ShapeDtypeStruct`s will do."""
+        return self._family.trace(*self._family.arguments(args, kwargs))
+
+    @_jit.api_boundary
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        """All stages up to StableHLO."""
+        arguments, options = self._family.arguments(args, kwargs)
+        executable = self._family.executable(arguments, options)
+        executable.check_places(arguments)
+        return executable.lowered
+
+    @_jit.api_boundary
+    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+        """Shapes and dtypes of the result."""
+        try:
+            arguments, options = self._family.arguments(args, kwargs)
+        except MeshError:  # shapes need none
+            return self._family.jitted.eval_shape(*args, **kwargs)
+        return tracing.source(self._family.jitted, arguments.abstract(), options).out_info
+
+    def clear_cache(self) -> None:
+        self._call._clear_cache()
+        self._family.clear()
+
+    def _cache_size(self) -> int:
+        """Number of programs; arguments that one program serves, on the mesh or not, count once."""
+        return sum(len(v.executables) for v in self._family.every_variants())
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else types.MethodType(self, instance)
+
+    def __repr__(self) -> str:
+        fun, given = self._family.fun, self._family.given
+        name = getattr(fun, "__qualname__", repr(fun))
+        mesh = "the mesh that is set" if given.mesh is None else given.mesh_shape
+        return f"<spmd.jit of {name} over {mesh}>"
+
+
+class _Family:
+    """A function with its options, and how its programs are found or made."""
+
+    def __init__(self, fun: Callable, given: Options):
+        self.fun, self.given = fun, given
+        self.by_refs: dict[tuple[int, ...], Function] = {}
+        # It traces, and keeps what it traced for every wrapper of the function; it never runs.
+        self.jitted: Any = jax.jit(
+            fun, static_argnums=given.static_argnums, static_argnames=given.static_argnames,
+            donate_argnums=given.donate_argnums, donate_argnames=given.donate_argnames,
+        )  # fmt: skip
+
+    def arguments(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Arguments, Options]:
+        found = self.flat(args, kwargs)
+        options = with_mesh(self.given, found.leaves)
+        return found.on(options.mesh), options
+
+    def flat(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Arguments:
+        given = self.given
+        return flatten(self.fun, args, kwargs, given.static_argnums, given.static_argnames)
+
+    def trace(self, arguments: Arguments, options: Options) -> stages.Traced:
+        return tracing.trace(self.jitted, arguments, options)
+
+    def executable(self, arguments: Arguments, options: Options) -> Executable:
+        def make() -> stages.Partitioned:
+            traced = self.trace(arguments, options)
+            _jit.check_no_tracers(traced.constants)
+            partitioned = traced.propagate().partition()
+            partitioned.warn()
+            return partitioned
+
+        return self.variants(arguments, options).find(arguments, make)
+
+    def variants(self, arguments: Arguments, options: Options) -> Variants:
+        found = _variants(self.fun, options, (arguments.key, _jit.looks_for_nans()))
+        self.every_variants().add(found)
+        return found
+
+    def every_variants(self) -> Any:
+        return _every_variants(self.fun, self.given)
+
+    def miss(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, bool]:
+        """A call that the C++ dispatch has no executable for."""
+        if _jit.setting("no_tracing"):
+            raise RuntimeError(f"re-tracing {self.fun} for spmd.jit, but 'no_tracing' is set")
+        at = refs.places((args, kwargs))
+        if at:
+            return refs.call(self.on_values(at), at, args, kwargs), None, False
+        if not _jit.outside_of_tracing():
+            if jax.sharding.get_abstract_mesh().manual_axes:
+                # Inside of a shard_map arrays are local already: part of the program around it.
+                return self.fun(*args, **kwargs), None, False
+            return self._bind(*self.arguments(args, kwargs)), None, False
+        arguments, options = self.arguments(args, kwargs)
+        check_concrete(options.mesh)
+        executable = self.executable(arguments, options)
+        try:
+            results, fast = executable.run(arguments)
+        except _jit.FloatingPointProblem as error:
+            _jit.recheck_nans(error, self.fun, args, kwargs)
+            raise
+        return results, fast, False
+
+    def _bind(self, arguments: Arguments, options: Options) -> Any:
+        """Inside of a transformation: the global program, as one call."""
+        variants = self.variants(arguments, options)
+        call = variants.calls.get(arguments.specs)
+        if call is None:
+            call = call_of(self.trace(arguments, options))
+            if not call.closes_over_tracers:
+                variants.calls[arguments.specs] = call
+        return call(arguments.leaves)
+
+    def on_values(self, at: tuple[int, ...]) -> "Function":
+        """The function on values in place of the mutable arrays at these leaves."""
+        if at not in self.by_refs:
+            pure = refs.on_values(self.fun, at)
+            self.by_refs[at] = Function(pure, refs.options_on_values(self.given))
+        return self.by_refs[at]
+
+    def check_static(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Raises ArgumentError when a static argument cannot be hashed."""
+        check_hashable(self.flat(args, kwargs).static)
+
+    def check_buffers(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Raises DonationError when an argument is donated twice, was donated, or was deleted."""
+        arguments, given = self.flat(args, kwargs), self.given
+        flags = _jit.donation_vector(given.donate_argnums, given.donate_argnames, arguments.tree)
+        check_buffers(arguments, flags)
+
+    def clear(self) -> None:
+        self.every_variants().clear()
+        _variants.evict_weakref(self.fun)
+        self.jitted.clear_cache()
+
+
+@_jit.weakref_lru_cache
+def _variants(fun: Callable, options: Options, key: Any) -> Variants:
+    """Shared by all wrappers of a function; JAX adds its configuration to the key, and clears it
+    with `jax.clear_caches()`."""
+    return Variants()
+
+
+@functools.partial(_jit.weakref_lru_cache, trace_context_in_key=False)
+def _every_variants(fun: Callable, given: Options) -> Any:
+    return weakref.WeakSet()
+
+
+def _check_callable(fun: Any) -> None:
+    if inspect.isgeneratorfunction(fun):
+        what, fix = "a generator function", "return the values, as a tuple or from jax.lax.scan"
+    elif not callable(fun) or isinstance(fun, staticmethod):
+        what, fix = f"a {type(fun).__name__}", "pass a callable"
+    else:
+        return
+    raise ArgumentTypeError(Problem(f"spmd.jit was given {what}", "it compiles functions", fix))
+
+
+def _referable(fun: Callable) -> Callable:
+    """`fun`, or a function that calls it where it cannot be referenced weakly, as caches do."""
+    try:
+        weakref.ref(fun)
+        return fun
+    except TypeError:
+        return functools.wraps(fun, updated=())(lambda *args, **kwargs: fun(*args, **kwargs))
+
+
+def _check_choices(device: Any, backend: Any, fallback: Any, on_gather: Any) -> None:
+    name, given = ("device", device) if device is not None else ("backend", backend)
+    if given is not None:
         raise ArgumentError(
             Problem(
-                f"spmd.jit was given a {type(fun).__name__}",
-                "it compiles functions",
-                "pass a callable",
+                f"{name}={given!r}",
+                "the devices of a partitioned program are those of its mesh",
+                "make the mesh from them: jax.make_mesh(sizes, names, devices=...)",
             )
         )
     if fallback not in ("error", "replicate"):
@@ -104,178 +309,11 @@ def _check_options(fun: Any, fallback: str) -> None:
                 'use fallback="error" or fallback="replicate"',
             )
         )
-
-
-def checked_mesh(mesh: Any) -> Any:
-    """The mesh to use: the one given, or the one that `jax.set_mesh` set.
-
-    Raises:
-      MeshError: there is none, or it is malformed.
-    """
-    if mesh is None:
-        mesh = jax.sharding.get_mesh()
-        if mesh.empty:
-            raise MeshError(
-                Problem(
-                    "spmd.jit has no mesh",
-                    "a program is partitioned over the axes of a mesh",
-                    'pass mesh=jax.make_mesh((8,), ("data",)), or enter jax.set_mesh(mesh)',
-                )
+    if on_gather not in ("plan", "error"):
+        raise ArgumentError(
+            Problem(
+                f"on_gather={on_gather!r}",
+                "a dim that an operation needs whole is either gathered by plan or an error",
+                'use on_gather="plan" or on_gather="error"',
             )
-    shape = MeshShape.of(mesh)
-    # The types of axes (Explicit is what `jax.make_mesh` gives) say who decides about shardings:
-    # here it is always this compiler.
-    automatic = (AxisType.Auto,) * len(shape.axes)
-    if isinstance(mesh, (AbstractMesh, MeshShape, dict)):
-        return AbstractMesh(tuple(n for _, n in shape.axes), shape.names, axis_types=automatic)
-    if tuple(mesh.axis_types) == automatic:
-        return mesh
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=automatic)
-
-
-class Function:
-    """What `spmd.jit` returns."""
-
-    def __init__(self, fun: Callable, options: Options):
-        self._fun, self._given = fun, options
-        self._entries: dict[Any, list[Executable]] = {}
-        # The last executable, with what its C++ dispatch does not compare: weak types and the
-        # configuration that programs are traced under.
-        self._fast: tuple[Callable, list[bool], Any] | None = None
-        functools.update_wrapper(self, fun, updated=())
-
-    @property
-    def _options(self) -> Options:
-        """With the mesh that `jax.set_mesh` has set now, where none was given."""
-        if self._given.mesh is not None:
-            return self._given
-        return dataclasses.replace(self._given, mesh=checked_mesh(None))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not _jax.outside_of_tracing():
-            return self._bind(args, kwargs)
-        fast = self._fast
-        if fast is not None and not kwargs:
-            executable, weak, context = fast
-            if _jax.weak_types(args) == weak and _jax.trace_context() == context:
-                try:
-                    return executable(*args)
-                except (TypeError, ValueError):
-                    # Not what it was compiled for, or the user's mistake: the slow path tells.
-                    pass
-        return self._dispatch(args, kwargs)
-
-    def trace(self, *args: Any, **kwargs: Any) -> stages.Traced:
-        """The program for arguments like these; `ShapeDtypeStruct`s will do."""
-        return stages.trace(self._fun, self._arguments(args, kwargs), self._options)
-
-    def lower(self, *args: Any, **kwargs: Any) -> stages.Lowered:
-        """All stages up to StableHLO."""
-        return self._partition(self._arguments(args, kwargs)).lower()
-
-    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
-        return jax.eval_shape(self._fun, *args, **kwargs)
-
-    def clear_cache(self) -> None:
-        self._entries.clear()
-        self._fast = None
-
-    def _cache_size(self) -> int:
-        return sum(map(len, self._entries.values()))
-
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else types.MethodType(self, instance)
-
-    def __repr__(self) -> str:
-        name = getattr(self._fun, "__qualname__", repr(self._fun))
-        mesh = "the mesh that is set" if self._given.mesh is None else self._given.mesh_shape
-        return f"<spmd.jit of {name} over {mesh}>"
-
-    def _arguments(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Arguments:
-        options = self._options
-        return flatten(
-            self._fun, args, kwargs, options.static_argnums, options.static_argnames,
-            options.mesh_shape.names,
-        )  # fmt: skip
-
-    def _partition(self, arguments: Arguments) -> Partitioned:
-        traced = stages.trace(self._fun, arguments, self._options)
-        partitioned = traced.propagate().partition()
-        partitioned.warn()
-        return partitioned
-
-    def _dispatch(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """The slow path: finds or makes the program for these arguments, and calls it."""
-        arguments = self._arguments(args, kwargs)
-        check_devices(self._options.mesh, arguments)
-        context = _jax.trace_context()
-        known = self._entries.setdefault((arguments.key, context), [])
-        entry = next((e for e in known if e.accepts(arguments)), None)
-        if entry is None:
-            entry = Executable(self._partition(arguments))
-            known.append(entry)
-        # Static arguments are no arguments of the executable, and keyword arguments are passed by
-        # position: both take the slow path.
-        by_position = not arguments.static and not arguments.keywords
-        weak = _jax.weak_types(arguments.leaves)
-        self._fast = (entry.compiled, weak, context) if by_position else None
-        return entry.call(arguments)
-
-    def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Inside of a transformation: the global program, as one call."""
-        arguments = self._arguments(args, kwargs)
-        traced = stages.trace(self._fun, arguments, self._options)
-        inner = {v.id: s for v, s in traced.annotations}
-
-        def run(*leaves: Any) -> Sequence[Any]:
-            marked = [
-                _annotated(x, inner.get(v.id))
-                for x, v in zip(leaves, traced.program.body.inputs, strict=True)
-            ]
-            results = _jax.as_fun(traced.program.closed)(*marked)
-            return [_annotated(x, s) for x, s in zip(results, traced.out_specs, strict=True)]
-
-        # What the function closes over may be traced too: as an argument it is differentiated.
-        closed, consts = _jax.without_constants(_jax.trace(run, *arguments.avals))
-        leaves = [_on_mesh(x, self._options.mesh) for x in (*consts, *arguments.leaves)]
-        results = _jax.bind_call(spmd_call_p, closed, leaves, options=self._options)
-        placed = [_on_mesh(x, self._options.mesh) for x in results]
-        return jax.tree.unflatten(traced.out_tree, placed)
-
-
-def _lower_call(closed: Any, params: dict[str, Any]) -> Callable:
-    """Partitions the global program of a call that a transformation has finished with."""
-    options: Options = params["options"]
-    closed = _jax.dead_code_free(closed)
-    program = build(closed)
-    program.check_rules(options.fallback)
-    annotations = annotations_in(program, options.mesh_shape, options.axis_rules)
-    result = propagate(program, options.mesh_shape, annotations)
-    arguments = Arguments(tuple(v.aval for v in program.body.inputs), None, (), (), ())
-    traced = stages.Traced(
-        program, arguments, tuple(annotations), None, (None,) * len(program.body.outputs), options
-    )
-    return stages.Propagated(traced, result).partition().sharded
-
-
-def _place(params: dict[str, Any], x: Any) -> Any:
-    return _on_mesh(x, params["options"].mesh)
-
-
-spmd_call_p = _jax.call_primitive("spmd_call", _lower_call, _place)
-register_inline(spmd_call_p, lambda params: _jax.closed(params["call_jaxpr"]))
-
-
-def _annotated(x: Any, sharding: Any) -> Any:
-    if sharding is None:
-        return x
-    dims = tuple(DimSpec(d.axes, d.open, d.priority) for d in sharding.dims)
-    return shard_p.bind(x, spec=Spec(dims))
-
-
-def _on_mesh(x: Any, mesh: Any) -> Any:
-    """Tells an outer `jax.jit` which devices the call runs on, and leaves the layout free."""
-    if isinstance(mesh, AbstractMesh):
-        return x
-    free = PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * jax.numpy.ndim(x))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, free))
+        )

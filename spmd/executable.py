@@ -1,138 +1,178 @@
-"""A partitioned program with its executable: which arguments it is for, and how it is called."""
+"""The programs of one function: which of them is for which arguments, and how it is run."""
 
 import functools
+import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, NamedSharding
 
-from sharding import _jax
+from sharding._jax import jit as _jit
 from sharding.annotate import Spec, spec_of
-from sharding.errors import ArgumentError, MeshError, Problem
-from sharding.mesh import MeshShape
-from spmd.annotations import given_entries
+from sharding.errors import ArgumentError, Problem
 from spmd.arguments import Arguments, trimmed
+from spmd.compiled import Compiled, Lowered
+from spmd.devices import check_devices
 from spmd.stages import Partitioned
+
+logger = logging.getLogger(__name__)
 
 
 class Executable:
-    """One partitioned program; compiled when first called."""
+    """One partitioned program; lowered and compiled when that is first asked for."""
 
     def __init__(self, partitioned: Partitioned):
         self.partitioned = partitioned
-        self.arguments = partitioned.propagated.traced.arguments
+        self.traced = partitioned.propagated.traced
+        self._lock = threading.RLock()
 
     def accepts(self, arguments: Arguments) -> bool:
-        """Whether the program is the one for these arguments: they carry the same annotations,
-        or lie where the program's own inference wants them."""
-        triples = zip(arguments.specs, self.arguments.specs, self.wanted, strict=True)
-        return all(own == mine or (mine is None and own == want) for own, mine, want in triples)
+        """Whether the program is the one for these arguments: they carry the same annotations, or
+        lie where the program has them."""
+        mine = self.traced.arguments
+        triples = zip(arguments.specs, mine.specs, self.wanted, strict=True)
+        return all(own in (made_for, want) for own, made_for, want in triples)
 
-    def call(self, arguments: Arguments) -> Any:
-        """Runs the program.
+    @property
+    def lowered(self) -> Lowered:
+        with self._lock:
+            return self._lowered
 
-        Raises:
-          ArgumentError: arguments lie elsewhere than `in_shardings` says.
-        """
-        leaves = self.placed(arguments)
-        if arguments.keywords:
-            results = self._flat(*leaves)
-            return jax.tree.unflatten(self.partitioned.propagated.traced.out_tree, results)
-        dynamic, _ = jax.tree.unflatten(arguments.tree, leaves)
-        return self.compiled(*dynamic)
+    @property
+    def compiled(self) -> Compiled:
+        with self._lock:
+            return self._compiled
+
+    @functools.cached_property
+    def _lowered(self) -> Lowered:
+        return self.partitioned.lower()
+
+    @functools.cached_property
+    def _compiled(self) -> Compiled:
+        return self.lowered.compile()
 
     @functools.cached_property
     def shardings(self) -> list[NamedSharding]:
         """Of the flat arguments."""
-        return jax.tree.leaves(
-            (self.partitioned.in_shardings, self.partitioned.propagated.kwarg_shardings)
-        )
+        return self.partitioned.propagated.flat_in_shardings[len(self.traced.captured) :]
 
     @functools.cached_property
     def wanted(self) -> tuple[Spec | None, ...]:
         """The spec that the program wants each flat argument in."""
-        layouts = self.partitioned.plan.body.inputs
-        pairs = zip(self.shardings, layouts, strict=True)
-        return tuple(trimmed(spec_of(s, len(x.dims))) for s, x in pairs)
+        pairs = zip(self.shardings, self.traced.arguments.avals, strict=True)
+        return tuple(trimmed(spec_of(s, len(x.shape))) for s, x in pairs)
 
-    @functools.cached_property
-    def compiled(self) -> Callable:
-        """For positional arguments. An executable compiled ahead of time takes arrays on the
-        wanted shardings and uncommitted ones alike; a `jax.jit` would trace again for each."""
-        dynamic, _ = jax.tree.unflatten(self.arguments.tree, self.arguments.avals)
-        options = self.partitioned.jit_options(flat=False)
-        return jax.jit(self._run, **options).lower(*dynamic).compile()
+    def run(self, arguments: Arguments) -> tuple[Any, Any]:
+        """Runs the program.
 
-    @functools.cached_property
-    def _flat(self) -> Callable:
-        """With keyword arguments, which have no shardings in `jax.jit`: all by position."""
-        return self.partitioned.lower().compile().compiled
+        Returns:
+          The result, and what the C++ dispatch needs for the next call like this (or None).
 
-    def _run(self, *dynamic: Any) -> Any:
-        results = self.partitioned.sharded(*jax.tree.leaves((dynamic, {})))
-        return jax.tree.unflatten(self.partitioned.propagated.traced.out_tree, results)
+        Raises:
+          ArgumentError: arguments lie elsewhere than `in_shardings` says.
+          MeshError: arguments lie on other devices.
+        """
+        self.check_places(arguments)
+        leaves = self.placed(arguments)
+        args, kwargs = jax.tree.unflatten(arguments.tree, leaves)
+        compiled = self.compiled.compiled
+        results = compiled(*args, **kwargs)
+        if any(a is not b for a, b in zip(leaves, arguments.leaves, strict=True)):
+            return results, None
+        flat, tree = jax.tree.flatten(results)
+        effects = self.traced.program.effects
+        return results, _jit.fast_call(compiled, tree, leaves, flat, effects)
+
+    def check_places(self, arguments: Arguments) -> None:
+        """Raises ArgumentError when arguments lie elsewhere than `in_shardings` says, MeshError
+        when they lie on other devices."""
+        mesh = self.partitioned.options.mesh
+        if not isinstance(mesh, AbstractMesh):
+            check_devices(mesh, arguments, self.partitioned.used)
+        explicit = self.traced.annotated.in_entries[len(self.traced.captured) :]
+        rows = zip(arguments.placed, arguments.names, self.moves(arguments), explicit, strict=True)
+        problems = [
+            _elsewhere(name, lies, wanted)
+            for lies, name, wanted, entry in rows
+            if entry is not None and wanted is not None
+        ]
+        if problems:
+            raise ArgumentError(*problems)
 
     def placed(self, arguments: Arguments) -> list[Any]:
         """The leaves, those that lie elsewhere on the mesh's devices moved to where they belong."""
-        explicit = given_entries(self.arguments, self.partitioned.options)
-        problems: list[Problem] = []
-        leaves: list[Any] = []
-        rows = zip(arguments.leaves, arguments.names, self.shardings, explicit, strict=True)
-        for leaf, name, wanted, entry in rows:
-            lies = _jax.committed_sharding(leaf)
-            if lies is None or lies.is_equivalent_to(wanted, leaf.ndim):
-                leaves.append(leaf)
-            elif entry is None:
-                leaves.append(jax.device_put(leaf, wanted))
-            else:
-                problems.append(_elsewhere(name, lies, wanted))
-        if problems:
-            raise ArgumentError(*problems)
-        return leaves
+        pairs = zip(arguments.leaves, self.moves(arguments), strict=True)
+        return [leaf if wanted is None else jax.device_put(leaf, wanted) for leaf, wanted in pairs]
+
+    def moves(self, arguments: Arguments) -> list[NamedSharding | None]:
+        """Per leaf, where it is wanted when it was put elsewhere on purpose; else None."""
+        rows = zip(arguments.placed, self.shardings, arguments.avals, strict=True)
+        return [want if _moves(lies, want, len(aval.shape)) else None for lies, want, aval in rows]
 
 
-def check_devices(mesh: Any, arguments: Arguments) -> None:
-    """Raises MeshError when the program cannot run on the mesh, or with these arguments."""
-    shape = MeshShape.of(mesh)
-    if isinstance(mesh, AbstractMesh):
-        raise MeshError(
-            Problem(
-                f"the mesh {shape} is abstract",
-                f"it describes {shape.size} devices and names none, so nothing can run on it",
-                "pass a jax.sharding.Mesh to run; use .trace(...).propagate().partition() to plan",
+class Variants:
+    """The programs for one signature: arguments of the same types on several shardings.
+
+    Attributes:
+      calls: by annotations of the arguments, the function as one call inside of other programs.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.executables: list[Executable] = []
+        self.calls: dict[Any, Any] = {}
+
+    def find(self, arguments: Arguments, make: Callable[[], Partitioned]) -> Executable:
+        """The program for these arguments; made by the first thread that asks."""
+        with self.lock:
+            found = next((e for e in self.executables if e.accepts(arguments)), None)
+            if found is None:
+                if self.executables and _jit.setting("explain_cache_misses"):
+                    self._explain(arguments)
+                found = Executable(make())
+                self.executables.append(found)
+            return found
+
+    def _explain(self, arguments: Arguments) -> None:
+        last = self.executables[-1]
+        changed = [
+            f"{name} lies on {_spec_text(now)}, before on {_spec_text(before)}"
+            for name, now, before in zip(
+                arguments.names, arguments.specs, last.traced.arguments.specs, strict=True
             )
-        )
-    devices = set(mesh.devices.flat)
-    problems = []
-    for leaf, name in zip(arguments.leaves, arguments.names, strict=True):
-        placed = _jax.committed_sharding(leaf)
-        if placed is not None and placed.device_set != devices:
-            problems.append(
-                Problem(
-                    f"{name} lies on {_device_text(placed.device_set)}, committed",
-                    f"the mesh {shape} has the {_device_text(devices)}",
-                    f"put {name} on the mesh with jax.device_put({name}, NamedSharding(mesh, "
-                    "P(...))), or make the mesh from the devices of the arguments",
-                )
-            )
-    if problems:
-        raise MeshError(*problems)
+            if now != before
+        ]
+        logger.warning(
+            "PARTITION CACHE MISS: %s was traced for these types, but not partitioned for where "
+            "its arguments lie: %s", last.traced.fun_name, "; ".join(changed),
+        )  # fmt: skip
 
 
-def _device_text(devices: Any) -> str:
-    """`device 5`, `devices 0, 1`, `devices 0, 1 and 62 more`."""
-    ids = sorted(d.id for d in devices)
-    shown = ", ".join(map(str, ids[:8])) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
-    return f"device{'s' if len(ids) > 1 else ''} {shown}"
+def _spec_text(spec: Spec | None) -> str:
+    return "no sharding of its own" if spec is None else str(spec)
+
+
+@functools.lru_cache(maxsize=8192)
+def _moves(lies: Any, wanted: NamedSharding, rank: int) -> bool:
+    """Whether an argument that was put on `lies` is wanted elsewhere."""
+    if lies is None:
+        return False
+    same_memory = _jit.special_memory(lies) == _jit.special_memory(wanted)
+    return not same_memory or not lies.is_equivalent_to(wanted, rank)
 
 
 def _elsewhere(name: str, lies: Any, wanted: NamedSharding) -> Problem:
     spec = spec_of(wanted, 0)
     here = spec_of(lies, 0) if isinstance(lies, NamedSharding) else lies
+    memories = [_jit.special_memory(s) or "device" for s in (lies, wanted)]
+    there = str(spec)
+    if memories[0] != memories[1]:
+        here, there = f"{here} in {memories[0]} memory", f"{spec} in {memories[1]} memory"
     return Problem(
         f"{name} lies on {here}, committed",
-        f"in_shardings says {spec}; moving it silently could cost more than the program",
+        f"in_shardings says {there}; moving it silently could cost more than the program",
         f"move it with jax.device_put({name}, NamedSharding(mesh, {spec})), or leave in_shardings "
         "out for it",
     )

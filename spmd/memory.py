@@ -17,7 +17,7 @@ def peak_bytes(plan: ProgramPlan, donated: Sequence[bool] = ()) -> int:
     Args:
       donated: per flat argument, whether its buffer may be reused.
     """
-    return _peak(plan.body, plan.mesh, list(donated))
+    return _peak(plan.body, list(donated))
 
 
 def local_key_bytes(key: Key, mesh: MeshShape) -> int:
@@ -37,7 +37,8 @@ def _writes(instruction: Move | Compute) -> list[Key]:
     return list(instruction.results)
 
 
-def _peak(region: RegionPlan, mesh: MeshShape, donated: Sequence[bool] = ()) -> int:
+def _peak(region: RegionPlan, donated: Sequence[bool] = ()) -> int:
+    mesh = region.mesh
     last: dict[tuple, int] = {}
     for i, instruction in enumerate(region.code):
         for key in (*_reads(instruction), *_writes(instruction)):
@@ -63,18 +64,18 @@ def _peak(region: RegionPlan, mesh: MeshShape, donated: Sequence[bool] = ()) -> 
             if (key.value.id, key.layout) not in sizes:
                 sizes[key.value.id, key.layout] = local_key_bytes(key, mesh)
                 live += sizes[key.value.id, key.layout]
-        peak = max(peak, live + _inner(instruction, mesh))
+        peak = max(peak, live + _inner(instruction))
         live -= sum(sizes.get(key, 0) for key in dying.get(i, ()))
     return peak
 
 
-def _inner(instruction: Move | Compute, mesh: MeshShape) -> int:
+def _inner(instruction: Move | Compute) -> int:
     """What a region needs beyond its operands, which its parent already counts."""
     if isinstance(instruction, Move) or not instruction.regions:
         return 0
     extra = 0
     for region in instruction.regions:
         held = map(Key, region.region.inputs, region.inputs)
-        inputs = sum(local_key_bytes(key, mesh) for key in held)
-        extra = max(extra, _peak(region, mesh) - inputs)
+        inputs = sum(local_key_bytes(key, region.mesh) for key in held)
+        extra = max(extra, _peak(region) - inputs)
     return max(extra, 0)

@@ -1,28 +1,69 @@
 """What `spmd.jit` was told, as one frozen value."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from sharding.annotate import AxisRules
+import jax
+from jax.experimental.layout import Format
+from jax.sharding import PartitionSpec, Sharding
+
+from sharding.annotate import AxisRules, Spec
 from sharding.mesh import MeshShape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Options:
     """What `spmd.jit` was told. Hashable, so that it can be part of a cache key."""
 
     mesh: Any
     axis_rules: AxisRules = ()
-    in_shardings: Any = field(default=None, hash=False, compare=False)
-    out_shardings: Any = field(default=None, hash=False, compare=False)
+    in_shardings: Any = None
+    out_shardings: Any = None
     donate_argnums: tuple[int, ...] = ()
     donate_argnames: tuple[str, ...] = ()
     static_argnums: tuple[int, ...] = ()
     static_argnames: tuple[str, ...] = ()
     keep_unused: bool = False
     fallback: str = "error"
-    compiler_options: Any = field(default=None, hash=False, compare=False)
+    on_gather: str = "plan"
+    compiler_options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def mesh_shape(self) -> MeshShape:
         return MeshShape.of(self.mesh)
+
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        return (
+            self.mesh, self.axis_rules, _flat(self.in_shardings), _flat(self.out_shardings),
+            self.donate_argnums, self.donate_argnames, self.static_argnums, self.static_argnames,
+            self.keep_unused, self.fallback, self.on_gather, self.compiler_options,
+        )  # fmt: skip
+
+    @cached_property
+    def entries(self) -> list[Any]:
+        """Every entry of `in_shardings` and `out_shardings`, None aside."""
+        given = (self.in_shardings, self.out_shardings)
+        return [e for e in jax.tree.leaves(given, is_leaf=is_entry) if e is not None]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Options) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+def is_entry(x: Any) -> bool:
+    """Whether `x` is one sharding in a pytree of shardings."""
+    return x is None or isinstance(x, (PartitionSpec, Sharding, Format, Spec))
+
+
+def sharding_of(entry: Any) -> Any:
+    """The sharding in an entry: a `Format` has a layout besides."""
+    return entry.sharding if isinstance(entry, Format) else entry
+
+
+def _flat(tree: Any) -> tuple[Any, ...]:
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_entry)
+    return tuple(leaves), structure

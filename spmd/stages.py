@@ -1,4 +1,4 @@
-"""The stages of a program: Traced -> Propagated -> Partitioned -> Lowered -> Compiled.
+"""The stages of a program: Traced -> Propagated -> Partitioned (-> Lowered -> Compiled).
 
 Frozen objects in the manner of `jax.stages`: each prints, and each makes the next.
 """
@@ -7,23 +7,25 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, PartitionSpec
 
 import sharding.propagation
-from sharding import _jax
-from sharding.errors import ArgumentError, MeshError, Problem, ShardingWarning
-from sharding.program import Program, Value, build, render
+from sharding._jax import jit as _jit
+from sharding.errors import ShardingWarning
+from sharding.program import Program, Value, render
 from sharding.spec import Layout, Sharding
 from spmd import boundary, collectives, memory
-from spmd.annotations import resolve_all
-from spmd.arguments import Arguments, output_names, rebuild
-from spmd.options import Options
+from spmd.annotations import Annotated
+from spmd.arguments import Arguments, output_names
+from spmd.compiled import Lowered
+from spmd.devices import automatic, under
+from spmd.options import Options, sharding_of
+from spmd.partition.diagnose import forbid_gathers
 from spmd.partition.interpret import per_device
 from spmd.partition.plan import Diagnostic, ProgramPlan
 from spmd.partition.planner import make_plan
@@ -35,33 +37,73 @@ class Traced:
     """A traced program: global shapes, names, and the user's annotations.
 
     Attributes:
-      program: flat SSA with regions.
+      program: flat SSA with regions; its inputs are `captured` and then the arguments.
       arguments: of the call it was traced for.
-      annotations: shardings that the user gave, by value.
+      annotated: shardings that the user gave.
       out_tree: structure of the result.
-      out_specs: per flat result, the spec given in `out_shardings`, or None.
       options: of `spmd.jit`.
+      captured: large arrays that the function closes over.
+      constants: everything that it closes over.
+      inputs: values of `constants`, then of the arguments: the inputs of `program.closed`.
+      source: the `jax.stages.Traced`; None for a call inside of another program.
     """
 
     program: Program
     arguments: Arguments
-    annotations: tuple[tuple[Value, Sharding], ...]
+    annotated: Annotated
     out_tree: Any
-    out_specs: tuple[Sharding | None, ...]
     options: Options
+    captured: tuple[Any, ...] = ()
+    constants: Sequence[Any] = ()
+    inputs: tuple[Value, ...] = ()
+    source: Any = None
+
+    @property
+    def annotations(self) -> tuple[tuple[Value, Sharding], ...]:
+        return self.annotated.annotations
+
+    @property
+    def out_specs(self) -> tuple[Sharding | None, ...]:
+        return self.annotated.out_specs
+
+    @property
+    def typed(self) -> bool:
+        """Whether it was traced with Explicit axes, which it needs."""
+        return any(_jit.explicit_spec(v.aval) is not None for v in self.program.values)
+
+    @property
+    def fun_name(self) -> str:
+        return "call" if self.source is None else self.source.fun_name
 
     @property
     def jaxpr(self) -> Any:
-        return self.program.closed
+        return self.program.closed if self.source is None else self.source.jaxpr
 
     @property
     def in_tree(self) -> Any:
         return self.arguments.tree
 
     @property
+    def in_avals(self) -> Any:
+        return jax.tree.unflatten(self.in_tree, self.arguments.avals)
+
+    @property
+    def args_info(self) -> Any:
+        return self.source.args_info
+
+    @property
+    def donate_argnums(self) -> tuple[int, ...]:
+        return self.source.donate_argnums
+
+    @property
+    def out_avals(self) -> Any:
+        return jax.tree.unflatten(self.out_tree, [v.aval for v in self.program.body.outputs])
+
+    @property
     def out_info(self) -> Any:
         leaves = [
-            jax.ShapeDtypeStruct(v.shape, v.dtype) for v in self.program.body.outputs
+            jax.ShapeDtypeStruct(v.shape, v.dtype, weak_type=_weak(v))
+            for v in self.program.body.outputs
         ]
         return jax.tree.unflatten(self.out_tree, leaves)
 
@@ -71,6 +113,10 @@ class Traced:
         return Propagated(
             self, sharding.propagation.propagate(self.program, mesh, self.annotations)
         )
+
+    def lower(self, **how: Any) -> Lowered:
+        """All stages up to StableHLO; with the options of `jax.stages.Traced.lower`."""
+        return self.propagate().partition().lower(**how)
 
     def __str__(self) -> str:
         given = {v.id: s for v, s in self.annotations}
@@ -99,7 +145,8 @@ class Propagated:
     def _outputs(self) -> tuple[list[Layout], list[Diagnostic]]:
         values = self.traced.program.body.outputs
         pairs = zip(values, self.traced.out_specs, strict=True)
-        return self._boundary(values, [given or self.result.of(v) for v, given in pairs])
+        found = [boundary.completed(given, self.result.of(v)) for v, given in pairs]
+        return self._boundary(values, found)
 
     def _boundary(
         self, values: Sequence[Value], shardings: Sequence[Sharding]
@@ -110,6 +157,26 @@ class Propagated:
             layouts.append(layout)
             diagnostics += found
         return layouts, diagnostics
+
+    @cached_property
+    def flat_in_shardings(self) -> list[Any]:
+        """NamedSharding per input of the program: what it closes over, then the arguments."""
+        entries, traced = self.traced.annotated.in_entries, self.traced
+        own = (None,) * len(traced.captured) + traced.arguments.memories
+        kinds = [
+            kind if _free_memory(entry) else _memory(entry)
+            for entry, kind in zip(entries, own, strict=True)
+        ]
+        return boundary.named(traced.options.mesh, self._inputs[0], kinds)
+
+    @cached_property
+    def flat_out_shardings(self) -> list[Any]:
+        values, entries = self.traced.program.body.outputs, self.traced.annotated.out_entries
+        kinds = [
+            _jit.memory_of(v.aval) if _free_memory(entry) else _memory(entry)
+            for v, entry in zip(values, entries, strict=True)
+        ]
+        return boundary.named(self.traced.options.mesh, self._outputs[0], kinds)
 
     @property
     def in_shardings(self) -> Any:
@@ -123,20 +190,31 @@ class Propagated:
 
     @cached_property
     def _in_trees(self) -> Any:
-        leaves = boundary.named(self.traced.options.mesh, self._inputs[0])
+        leaves = self.flat_in_shardings[len(self.traced.captured) :]
         return jax.tree.unflatten(self.traced.in_tree, leaves)
 
     @cached_property
     def out_shardings(self) -> Any:
         """NamedSharding per result, in the structure of the result."""
-        leaves = boundary.named(self.traced.options.mesh, self._outputs[0])
-        return jax.tree.unflatten(self.traced.out_tree, leaves)
+        return jax.tree.unflatten(self.traced.out_tree, self.flat_out_shardings)
+
+    @property
+    def out_info(self) -> Any:
+        """ShapeDtypeStruct per result, with its sharding."""
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=s, weak_type=x.weak_type
+            ),
+            self.traced.out_info, self.out_shardings,
+        )  # fmt: skip
 
     def partition(self) -> "Partitioned":
         """Rewrites the program into a per-device one with explicit collectives."""
         plan = make_plan(self.result, self._inputs[0], self._outputs[0])
         if ENABLED:
             verify(plan)
+        if self.traced.options.on_gather == "error":
+            forbid_gathers(plan.diagnostics)
         return Partitioned(self, plan)
 
     def __str__(self) -> str:
@@ -170,7 +248,7 @@ class Partitioned:
     @cached_property
     def mesh(self) -> Any:
         """The mesh of the per-device program; sub-axes are axes of it."""
-        return boundary.refined_jax_mesh(self.options.mesh, self.plan.mesh)
+        return boundary.refined_jax_mesh(automatic(self.options.mesh), self.plan.mesh)
 
     @cached_property
     def sharded(self) -> Callable[..., tuple[Any, ...]]:
@@ -181,17 +259,20 @@ class Partitioned:
             per_device(self.plan), mesh=self.mesh, in_specs=ins, out_specs=outs, check_vma=False
         )
 
+        weak = list(map(_weak, self.plan.program.body.outputs))
+
         def run(*args: Any) -> tuple[Any, ...]:
             # Whatever mesh the caller has set, with whatever types of axes, the program's counts.
-            with _under(self.mesh):
-                return mapped(*args)
+            with under(self.mesh):
+                return tuple(map(_jit.weakly_typed, mapped(*args), weak))
 
+        run.__name__ = run.__qualname__ = self.propagated.traced.fun_name
         return run
 
     @cached_property
     def jaxpr(self) -> Any:
         """The per-device program as a closed jaxpr of one shard_map."""
-        return jax.make_jaxpr(self.sharded)(*self.propagated.traced.arguments.avals)
+        return jax.make_jaxpr(self.sharded)(*self._avals)
 
     @cached_property
     def collectives(self) -> tuple[collectives.Collective, ...]:
@@ -214,32 +295,40 @@ class Partitioned:
         found = (*self.propagated._inputs[1], *self.propagated._outputs[1])
         return (*found, *self.plan.diagnostics)
 
-    def lower(self) -> "Lowered":
-        """Lowers the per-device program to StableHLO for the devices of the mesh."""
+    @property
+    def _avals(self) -> list[Any]:
         traced = self.propagated.traced
-        function = jax.jit(self.sharded, **self.jit_options(flat=True))
-        return Lowered(self, function.lower(*traced.arguments.avals))
+        return [*map(_jit.abstractify, traced.captured), *traced.arguments.avals]
 
-    def jit_options(self, flat: bool) -> dict[str, Any]:
-        """Arguments of `jax.jit` for the partitioned function, of flat or structured arguments."""
-        traced = self.propagated.traced
-        options: dict[str, Any] = {"compiler_options": self.options.compiler_options}
-        if flat:
-            options["donate_argnums"] = tuple(i for i, d in enumerate(donated(traced)) if d)
-            options["keep_unused"] = True
-        else:
-            # Positions among the dynamic arguments, which is all that the executable takes.
-            static = {i for i, _ in traced.arguments.static if isinstance(i, int)}
-            options["donate_argnums"] = tuple(
-                i - sum(s < i for s in static) for i in self.options.donate_argnums
-            )
-            options["keep_unused"] = self.options.keep_unused
+    def lower(self, **how: Any) -> Lowered:
+        """Lowers the per-device program to StableHLO for the devices of the mesh; with the options
+        of `jax.stages.Traced.lower`."""
+        traced = jax.jit(self.sharded, **self.jit_options()).trace(*self._avals)
+        names = [str(value) for value in self.plan.program.body.inputs]
+        _jit.name_arguments(traced, names, output_names(self.propagated.traced.out_tree))
+        return Lowered(self, traced.lower(**how))
+
+    def jit_options(self) -> dict[str, Any]:
+        """Arguments of `jax.jit` for the partitioned function of flat arguments."""
+        propagated, given = self.propagated, self.propagated.traced.annotated
+        flags = [] if _jit.looks_for_nans() else donated(propagated.traced)
+        options: dict[str, Any] = {
+            "compiler_options": dict(self.options.compiler_options) or None,
+            "donate_argnums": tuple(i for i, d in enumerate(flags) if d),
+            "keep_unused": self.options.keep_unused,
+        }
         if not isinstance(self.options.mesh, AbstractMesh):
-            outs = boundary.named(self.options.mesh, self.propagated._outputs[0])
-            ins = boundary.named(self.options.mesh, self.propagated._inputs[0])
-            options["in_shardings"] = tuple(ins) if flat else self.in_shardings
-            options["out_shardings"] = tuple(outs) if flat else self.out_shardings
+            ins, outs = propagated.flat_in_shardings, propagated.flat_out_shardings
+            options["in_shardings"] = boundary.formats(given.in_entries, ins)
+            options["out_shardings"] = boundary.formats(given.out_entries, outs)
         return options
+
+    @cached_property
+    def used(self) -> list[bool]:
+        """Per argument, whether the executable takes it: unused ones are dropped."""
+        inputs = self.plan.program.body.inputs[len(self.propagated.traced.captured) :]
+        keep = self.options.keep_unused
+        return [keep or self.plan.program.uses[v.id] > 0 for v in inputs]
 
     def warn(self) -> None:
         """Says what was done to annotated dims that do not divide; once, when it is first used."""
@@ -259,97 +348,16 @@ class Partitioned:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Lowered:
-    """A lowered program; `compile` binds it to the devices of the mesh."""
-
-    partitioned: Partitioned
-    lowered: Any
-
-    def compile(self, compiler_options: Any = None) -> "Compiled":
-        """Compiles with XLA.
-
-        Raises:
-          MeshError: the mesh is abstract: it has no devices to compile for.
-        """
-        if isinstance(self.partitioned.options.mesh, AbstractMesh):
-            raise MeshError(
-                Problem(
-                    f"the mesh {self.partitioned.options.mesh_shape} is abstract",
-                    "an executable is made for devices, and an AbstractMesh has none",
-                    "give spmd.jit a jax.sharding.Mesh (its devices may be of a described "
-                    "topology)",
-                )
-            )
-        return Compiled(self.partitioned, self.lowered.compile(compiler_options))
-
-    def as_text(self, dialect: str | None = None) -> str:
-        return self.lowered.as_text(dialect)
-
-    def compiler_ir(self, dialect: str | None = None) -> Any:
-        return self.lowered.compiler_ir(dialect)
-
-    def __str__(self) -> str:
-        return self.as_text()
+def _weak(value: Value) -> bool:
+    return getattr(value.aval, "weak_type", False)
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """An executable; called like the function, with global arrays."""
-
-    partitioned: Partitioned
-    compiled: Any
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        traced = self.partitioned.propagated.traced
-        leaves, tree = jax.tree.flatten((args, kwargs))
-        if tree != traced.in_tree:
-            raise ArgumentError(
-                Problem(
-                    f"called with arguments of structure {tree}",
-                    f"compiled for {traced.in_tree}",
-                    "pass the structure it was compiled for, without static arguments",
-                )
-            )
-        return jax.tree.unflatten(traced.out_tree, self.compiled(*leaves))
-
-    @property
-    def in_shardings(self) -> Any:
-        return self.partitioned.in_shardings
-
-    @property
-    def out_shardings(self) -> Any:
-        return self.partitioned.out_shardings
-
-    @property
-    def collectives(self) -> tuple[collectives.Collective, ...]:
-        return self.partitioned.collectives
-
-    def as_text(self) -> str:
-        """The optimised HLO."""
-        return self.compiled.as_text()
-
-    def memory_analysis(self) -> Any:
-        return self.compiled.memory_analysis()
-
-    def cost_analysis(self) -> Any:
-        return self.compiled.cost_analysis()
-
-    def runtime_executable(self) -> Any:
-        return self.compiled.runtime_executable()
-
-    def __str__(self) -> str:
-        return self.as_text()
+def _free_memory(entry: Any) -> bool:
+    return sharding_of(entry) is None or isinstance(sharding_of(entry), PartitionSpec)
 
 
-def _under(mesh: Any) -> AbstractContextManager:
-    """Makes `mesh` the current one for tracing; inside of a program for another number of devices
-    that one's mesh stays, and the program is partitioned over it in the end."""
-    abstract = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
-    current = jax.sharding.get_abstract_mesh()
-    if not current.empty and current.size != abstract.size:
-        return nullcontext()
-    return jax.sharding.use_abstract_mesh(abstract)
+def _memory(entry: Any) -> str | None:
+    return _jit.special_memory(sharding_of(entry))
 
 
 def _stacklevel() -> int:
@@ -361,38 +369,9 @@ def _stacklevel() -> int:
     return level
 
 
-def trace(fun: Callable, arguments: Arguments, options: Options) -> Traced:
-    """Traces `fun` for the arguments of one call, and resolves every annotation.
-
-    Raises:
-      SpecError: every annotation that does not fit.
-      RuleError: a primitive has no rule.
-    """
-    out_tree: list[Any] = []
-
-    def flat(*leaves: Any) -> list[Any]:
-        args, kwargs = rebuild(arguments, leaves)
-        results, tree = jax.tree.flatten(fun(*args, **kwargs))
-        out_tree.append(tree)
-        return results
-
-    with _under(options.mesh):
-        closed = _jax.trace(flat, *arguments.avals)
-    program = build(closed, arguments.names, output_names(out_tree[-1]))
-    program.check_rules(options.fallback)
-    annotations, out_specs = resolve_all(program, arguments, out_tree[-1], options)
-    return Traced(program, arguments, annotations, out_tree[-1], out_specs, options)
-
-
 def donated(traced: Traced) -> list[bool]:
-    """Per flat argument, whether `donate_argnums` or `donate_argnames` covers it."""
-    options, arguments = traced.options, traced.arguments
-    static = {i for i, _ in arguments.static if isinstance(i, int)}
-    args, kwargs = jax.tree.unflatten(arguments.tree, arguments.leaves)
-    flags: list[bool] = []
-    positions = [i for i in range(len(args) + len(static)) if i not in static]
-    for i, arg in zip(positions, args, strict=True):
-        flags += [i in options.donate_argnums] * len(jax.tree.leaves(arg))
-    for name in sorted(kwargs):
-        flags += [name in options.donate_argnames] * len(jax.tree.leaves(kwargs[name]))
-    return flags
+    """Per input of the program, whether `donate_argnums` or `donate_argnames` covers it."""
+    if traced.source is None:
+        return [False] * len(traced.program.body.inputs)
+    arguments = jax.tree.leaves(traced.source.args_info)
+    return [False] * len(traced.captured) + [a.donated for a in arguments]

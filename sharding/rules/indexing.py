@@ -8,14 +8,13 @@ read is summed over the shards; what is written needs no communication at all.
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from sharding import _jax
-from sharding.rule import Dims, Factor, Kind, Local, OpInfo, Rule, RuleFn, register
-from sharding.rules.reduce import _worst
+from sharding.monoid import identity
+from sharding.rule import Dims, Factor, Kind, Local, OpInfo, Rule, RuleFn, register, sum_monoid
 
 p = _jax.primitives
 Mode = lax.GatherScatterMode
@@ -39,13 +38,6 @@ def _bounded(places: Any, low: Any, high: Any) -> Any:
     return jnp.minimum(jnp.maximum(places, low), high).astype(jnp.int32)
 
 
-def _sum_monoid(dtype: Any) -> str:
-    """The monoid under which one element and any number of zeros are that element; "" for keys."""
-    if jnp.issubdtype(dtype, jax.dtypes.extended):
-        return ""
-    return "or" if dtype == jnp.bool_ else "add"
-
-
 # dynamic_slice and dynamic_update_slice. Dims of the operand are n0, n1 ...; of a slice that is
 # shorter than the operand s0, s1 ...
 
@@ -55,7 +47,7 @@ def _dynamic_slice(op: OpInfo) -> Rule:
     """Dims taken whole pass. Along a sliced dim every shard gives what it has of the slice, and
     the result (not the operand) is all-reduced."""
     src, dst = op.in_avals[0].shape, op.out_avals[0].shape
-    monoid = _sum_monoid(op.in_avals[0].dtype)
+    monoid = sum_monoid(op.in_avals[0].dtype)
     factors = _Factors()
     left, right = [], []
     for d, (n, m) in enumerate(zip(src, dst, strict=True)):
@@ -159,7 +151,7 @@ def _gather(op: OpInfo) -> Rule:
     shard looks up what it has: the result (not the operand) is all-reduced."""
     operand, indices = op.in_avals
     numbers, sizes = op.params["dimension_numbers"], op.params["slice_sizes"]
-    monoid = _sum_monoid(operand.dtype)
+    monoid = sum_monoid(operand.dtype)
     factors = _Factors()
     batch = _batched(factors, indices.shape, [(Kind.PASS,)] * (len(indices.shape) - 1))
     pairs = dict(
@@ -243,7 +235,7 @@ def _scatter(monoid: str, linear: tuple[tuple[int, ...], ...] = ()) -> RuleFn:
         pairs = dict(
             zip(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True)
         )
-        reducible = bool(monoid) and _sum_monoid(operand.dtype) == "add"
+        reducible = bool(monoid) and sum_monoid(operand.dtype) == "add"
         reduced = (Kind.REDUCE, monoid) if reducible else (Kind.FIXED,)
         batching = pairs.values()
         kinds = [(Kind.PASS,) if j in batching else reduced for j in range(len(indices.shape) - 1)]
@@ -324,6 +316,5 @@ def _batch_factors(op: OpInfo) -> list[str]:
 
 def _identity(primitive: Any, dtype: Any) -> Any:
     """The update that changes nothing."""
-    if primitive in (p.scatter_min_p, p.scatter_max_p):
-        return jnp.asarray(_worst(dtype, primitive is p.scatter_max_p), dtype)
-    return jnp.asarray(1 if primitive is p.scatter_mul_p else 0, dtype)
+    monoids = {p.scatter_min_p: "min", p.scatter_max_p: "max", p.scatter_mul_p: "mul"}
+    return jnp.asarray(identity(monoids.get(primitive, "add"), dtype))

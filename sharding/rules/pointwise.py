@@ -38,9 +38,9 @@ UNARY = (
 NARY = (
     p.and_p, p.atan2_p, p.clamp_p, p.complex_p, p.eq_p, p.eq_to_p, p.ge_p, p.gt_p, p.igamma_p,
     p.igamma_grad_a_p, p.igammac_p, p.le_p, p.le_to_p, p.lt_p, p.lt_to_p, p.max_p, p.min_p,
-    _jax.mulhi_p, p.ne_p, p.nextafter_p, p.or_p, p.polygamma_p, p.pow_p,
+    p.ne_p, p.nextafter_p, p.or_p, p.polygamma_p, p.pow_p,
     p.regularized_incomplete_beta_p, p.rem_p, p.shift_left_p, p.shift_right_arithmetic_p,
-    p.shift_right_logical_p, p.xor_p, p.zeta_p, p.threefry2x32_p,
+    p.shift_right_logical_p, p.xor_p, p.zeta_p,
 )  # fmt: skip
 
 

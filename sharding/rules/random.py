@@ -1,6 +1,8 @@
 """Random numbers: values are a function of key and global index, never of the mesh."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial, reduce
 from math import prod
 from typing import Any
 
@@ -8,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.random import define_prng_impl
 
 from sharding import _jax
 from sharding.rule import (
@@ -21,19 +24,62 @@ from sharding.rule import (
     register,
     replicated_rule,
 )
+from sharding.rules.hashes import HASHES, Hash, multiply_high
 
 p = _jax.primitives
 
-# Implementations whose values under vmap depend on the whole batch of keys.
-_BATCH_DEPENDENT = ("rbg", "unsafe_rbg")
+
+def _batch_dependent(op: OpInfo) -> bool:
+    """Whether values under vmap depend on the whole batch of keys: there is one generator."""
+    name = _impl(op).name
+    return name == "unsafe_rbg" or (name == "rbg" and op.primitive is p.random_bits_p)
 
 
-@register(p.random_seed_p, p.random_fold_in_p, _jax.random_clone_p)
-def _per_key(op: OpInfo) -> Rule:
+@register(_jax.random_clone_p)
+def _clone(op: OpInfo) -> Rule:
+    return _per_key(op)
+
+
+@register(p.random_seed_p)
+def _random_seed(op: OpInfo) -> Rule:
     """Every key is made on its own; no communication."""
-    if _impl(op).name in _BATCH_DEPENDENT and op.primitive is p.random_fold_in_p:
-        return replicated_rule(op)
-    return pointwise_rule([a.shape for a in op.in_avals], [a.shape for a in op.out_avals])
+    return _per_key(op, _local_seed)
+
+
+@register(p.random_fold_in_p)
+def _random_fold_in(op: OpInfo) -> Rule:
+    """Every key is made on its own; no communication."""
+    return replicated_rule(op) if _batch_dependent(op) else _per_key(op, _local_fold_in)
+
+
+def _per_key(op: OpInfo, local: Any = None) -> Rule:
+    rule = pointwise_rule([a.shape for a in op.in_avals], [a.shape for a in op.out_avals])
+    return dataclasses.replace(rule, local=local, always=True) if _replaced(op) else rule
+
+
+def _replaced(op: OpInfo) -> bool:
+    """Whether `local` functions have to do what the primitive does."""
+    name = _impl(op).name
+    return name in HASHES and HASHES[name].replaced
+
+
+def _local_seed(ctx: Local, op: OpInfo, seeds: Any) -> Sequence[Any]:
+    """The first words of zero's hash of the seed."""
+    impl = _impl(op)
+    (words,) = impl.key_shape
+    high = lax.shift_right_logical(seeds, jnp.asarray(32, seeds.dtype)).astype(jnp.uint32)
+    low = seeds.astype(jnp.uint32)
+    found = HASHES[impl.name].words([jnp.zeros_like(low)] * words, high, low)[:words]
+    return [_jax.random_wrap_p.bind(jnp.stack(found, axis=-1), impl=impl)]
+
+
+def _local_fold_in(ctx: Local, op: OpInfo, keys: Any, data: Any) -> Sequence[Any]:
+    """The new key of which the count is the data."""
+    impl = _impl(op)
+    words = _jax.random_unwrap_p.bind(keys)
+    *words, low = jnp.broadcast_arrays(*jnp.moveaxis(words, -1, 0), data.astype(jnp.uint32))
+    found = HASHES[impl.name].key(words, jnp.zeros_like(low), low)
+    return [_jax.random_wrap_p.bind(jnp.stack(found, axis=-1), impl=impl)]
 
 
 @register(_jax.random_wrap_p)
@@ -72,42 +118,60 @@ def _random_split(op: OpInfo) -> Rule:
 
 def _counted(op: OpInfo, local: Any) -> Rule:
     """Keys pass, and so do the new dims where values are hashes of their global index."""
-    impl = _impl(op)
-    if impl.name in _BATCH_DEPENDENT:
+    if _batch_dependent(op):
         return replicated_rule(op)
     shape = op.in_avals[0].shape
     keys, new = names("k", len(shape)), names("d", len(op.params["shape"]))
-    counted = impl.name == "threefry2x32" and _partitionable(op)
-    kind = Kind.PASS if counted else Kind.FIXED
+    kind = Kind.PASS if _counts(op) else Kind.FIXED
     factors = {k: Factor(n) for k, n in zip(keys, shape, strict=True)}
     factors |= {d: Factor(n, kind) for d, n in zip(new, op.params["shape"], strict=True)}
     return Rule(
         (tuple((k,) for k in keys),), (tuple((f,) for f in (*keys, *new)),), factors,
-        local=local, local_when=frozenset(new),
+        local=local, local_when=frozenset(new), always=_replaced(op),
     )  # fmt: skip
 
 
+def _counts(op: OpInfo) -> bool:
+    """Whether values are hashes of their global index."""
+    found = HASHES.get(_impl(op).name)
+    return found is not None and (not found.legacy or _partitionable(op))
+
+
 def _local_bits(ctx: Local, op: OpInfo, keys: Any) -> Sequence[Any]:
-    dtype = op.out_avals[0].dtype
-    high, low = _local_hashes(ctx, op, keys)
-    if op.params["bit_width"] == 64:
-        return [lax.shift_left(high.astype(dtype), jnp.asarray(32, dtype)) | low.astype(dtype)]
-    return [(high ^ low).astype(dtype)]
+    found = HASHES[_impl(op).name]
+    words = _hashed(ctx, op, keys, op.params["shape"], found.words)
+    return [_bits(found, words, op.params["bit_width"])]
+
+
+def _bits(found: Hash, words: Sequence[Any], width: int) -> Any:
+    dtype = jnp.dtype(f"uint{width}")
+    if width == 64:
+        high, low = (w.astype(dtype) for w in found.wide(words))
+        return lax.shift_left(high, jnp.asarray(32, dtype)) | low
+    return reduce(lax.bitwise_xor, words).astype(dtype)
 
 
 def _local_split(ctx: Local, op: OpInfo, keys: Any) -> Sequence[Any]:
-    data = jnp.stack(_local_hashes(ctx, op, keys), axis=-1)
-    return [_jax.random_wrap_p.bind(data, impl=_impl(op))]
+    return [_new_keys(ctx, op, keys, op.params["shape"])]
 
 
-def _local_hashes(ctx: Local, op: OpInfo, keys: Any) -> tuple[Any, Any]:
-    """Threefry of every local key and the local block of counts, as two halves."""
-    shape, rank = op.params["shape"], len(op.in_avals[0].shape)
+def _new_keys(ctx: Local, op: OpInfo, keys: Any, shape: Sequence[int]) -> Any:
+    """The local block of the keys that every local key is split into."""
+    impl = _impl(op)
+    words = _hashed(ctx, op, keys, shape, HASHES[impl.name].key)
+    return _jax.random_wrap_p.bind(jnp.stack(words, axis=-1), impl=impl)
+
+
+def _hashed(
+    ctx: Local, op: OpInfo, keys: Any, shape: Sequence[int], words: Callable
+) -> Sequence[Any]:
+    """Words of every local key and the local block of counts; its dims are factors d0, d1 ..."""
+    rank = len(op.in_avals[0].shape)
     offsets = [ctx.offset(f"d{i}") for i in range(len(shape))]
     counts = local_counts(shape, ctx.local_out(0)[rank:], offsets)
 
-    def one(key: Any) -> tuple[Any, Any]:
-        return tuple(p.threefry2x32_p.bind(key[0], key[1], *counts))
+    def one(key: Any) -> tuple[Any, ...]:
+        return tuple(words([key[i] for i in range(key.shape[0])], *counts))
 
     for _ in range(rank):
         one = jax.vmap(one)
@@ -137,36 +201,95 @@ def local_counts(
         low = low + term
         if wide:
             carry = (low < term).astype(jnp.uint32)
-            high = high + lax.mulhi(at, jnp.full_like(at, stride_low)) + at * stride_high + carry
+            high = high + multiply_high(at, stride_low) + at * stride_high + carry
     return high, low
+
+
+@register(_jax.iota_2x32_shape_p)
+def _iota_2x32_shape(op: OpInfo) -> Rule:
+    """Both halves of the global index: made again in any layout."""
+    shape = op.params["shape"]
+    dims = names("d", len(shape))
+    result = tuple((d,) for d in dims)
+    return Rule(
+        (), (result, result), {d: Factor(n) for d, n in zip(dims, shape, strict=True)},
+        local=_local_iota_2x32_shape,
+    )  # fmt: skip
+
+
+def _local_iota_2x32_shape(ctx: Local, op: OpInfo) -> Sequence[Any]:
+    shape = op.params["shape"]
+    offsets = [ctx.offset(f"d{i}") for i in range(len(shape))]
+    return local_counts(shape, ctx.local_out(0), offsets)
 
 
 @register(p.random_gamma_p)
 def _random_gamma(op: OpInfo) -> Rule:
-    """Key dims pass; further dims of the samples share a key, are split off it in order, and are
-    gathered."""
+    """Key dims pass. Further dims of the samples share a key, which is split into one per sample:
+    they pass where new keys are hashes of their global index, and are gathered otherwise."""
     keys, shape = op.in_avals[0].shape, op.in_avals[1].shape
-    dims = names("d", len(shape))
+    if _batch_dependent(op):
+        return replicated_rule(op)
+    new = names("d", len(shape) - len(keys))
+    dims = (*names("k", len(keys)), *new)
+    kind = Kind.PASS if _counts(op) else Kind.FIXED
     factors = {
-        d: Factor(n, Kind.PASS if i < len(keys) else Kind.FIXED)
-        for i, (d, n) in enumerate(zip(dims, shape, strict=True))
+        d: Factor(n, kind if d in new else Kind.PASS) for d, n in zip(dims, shape, strict=True)
     }
     sample = tuple((d,) for d in dims)
-    return Rule((sample[: len(keys)], sample), (sample,), factors, local=_local_gamma)
+    return Rule(
+        (sample[: len(keys)], sample), (sample,), factors, local=_local_gamma,
+        always=_replaced(op),
+    )  # fmt: skip
 
 
 def _local_gamma(ctx: Local, op: OpInfo, keys: Any, a: Any) -> Sequence[Any]:
+    rank = len(op.in_avals[0].shape)
+    new = names("d", a.ndim - rank)
     # Sampling rejects in a loop, whose end is not promised for the garbage in padding.
-    for d in range(len(op.in_avals[0].shape)):
-        a = ctx.mask(a, 1, f"d{d}", 1)
-    return ctx.bind(keys, a)
+    for factor in (*names("k", rank), *new):
+        a = ctx.mask(a, 1, factor, 1)
+    if not _replaced(op) and not any(map(ctx.axes, new)):
+        return ctx.bind(keys, a)
+    keys = _new_keys(ctx, op, keys, op.in_avals[1].shape[rank:])
+    if _replaced(op):
+        words = _jax.random_unwrap_p.bind(keys)
+        keys = jax.random.wrap_key_data(words, impl=_stand_in(_impl(op)))
+    one = partial(_jax.gamma_one, log_space=op.params["log_space"])
+    return [jax.vmap(one)(keys.reshape(-1), a.reshape(-1)).reshape(a.shape)]
+
+
+@lru_cache
+def _stand_in(impl: Any) -> Any:
+    """An implementation with the values of `impl`, made of its hash, for what draws inside."""
+    found = HASHES[impl.name]
+
+    def hashed(key: Any, shape: Sequence[int], words: Callable) -> Sequence[Any]:
+        return words(list(key), *local_counts(shape, shape, [0] * len(shape)))
+
+    def missing(*_: Any) -> Any:
+        raise NotImplementedError
+
+    return define_prng_impl(
+        key_shape=impl.key_shape, seed=missing, fold_in=missing, name=impl.name, tag=impl.tag,
+        split=lambda key, shape: jnp.stack(hashed(key, shape, found.key), axis=-1),
+        random_bits=lambda key, width, shape: _bits(found, hashed(key, shape, found.words), width),
+    )  # fmt: skip
 
 
 @register(p.rng_bit_generator_p)
 def _rng_bit_generator(op: OpInfo) -> Rule:
-    """One sequential state: every device makes all bits. `rng_uniform` has no rule at all: its
-    hidden state would differ between devices."""
+    """One sequential state: every device makes all bits."""
     return replicated_rule(op)
+
+
+@register(p.rng_uniform_p)
+def _rng_uniform(op: OpInfo) -> Rule:
+    """The state is hidden, and every device has its own: one device makes the values of all."""
+    return dataclasses.replace(
+        replicated_rule(op), always=True,
+        local=lambda ctx, op, *bounds: ctx.on_first_device(ctx.bind, *bounds),
+    )  # fmt: skip
 
 
 def _impl(op: OpInfo) -> Any:

@@ -1,9 +1,10 @@
 """Shape operations: dims are renamed, merged, split or left alone; no arithmetic happens."""
 
 from collections.abc import Sequence
-from math import gcd
+from math import gcd, prod
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 
 from sharding import _jax
@@ -60,15 +61,67 @@ def _reshape(op: OpInfo) -> Rule:
     """Factors by repeated gcd, major to minor; what has no common factor is FIXED.
 
     [8, 6] -> [48] is (a)(b) -> (ab); [6, 4] -> [8, 3] is (a x)(y) -> (a z)(w) with a of size 2.
+    What these cannot express (6 over 4 shards) the major dims of both sides express as a whole:
+    shards then exchange the elements that another shard has after the reshape.
     """
     src, dst = op.in_avals[0].shape, op.out_avals[0].shape
-    if op.params.get("dimensions") is not None or 0 in src:
+    if 0 in src:
         return _unrelated(src, dst)
+    order = _order(op)
+    src = [src[d] for d in order]
     factors: dict[str, Factor] = {}
     left, right = reshape_factors(src, dst, factors)
+    alone: dict[str, frozenset[str]] = {}
+    for ins, outs in _groups(src, dst):
+        if len(ins) == len(outs) == 1:
+            continue
+        name = f"g{len(alone)}"
+        alone[name] = frozenset(f for d in ins for f in left[d])
+        factors[name] = Factor(dst[outs[0]], Kind.PERMUTE)
+        left = (*left[: ins[0]], (name, *left[ins[0]]), *left[ins[0] + 1 :])
+        right = (*right[: outs[0]], (name, *right[outs[0]]), *right[outs[0] + 1 :])
+    left = tuple(left[order.index(d)] for d in range(len(order)))
     rest = tuple(() for _ in op.in_avals[1:])
     return Rule((left, *rest), (right,), factors, linear=((0,),), resize=(("new_sizes", 0),),
-                early=True)
+                alone=alone, local=_local_reshape, local_when=frozenset(alone), early=True, flops=0)
+
+
+def _order(op: OpInfo) -> Sequence[int]:
+    """The order of the operand's dims in which its elements are read."""
+    return op.params.get("dimensions") or range(len(op.in_avals[0].shape))
+
+
+def _groups(src: Sequence[int], dst: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The shortest runs of dims, those of size 1 left out, with equal products on both sides."""
+    groups: list[tuple[list[int], list[int]]] = []
+    i, j = ([d for d, n in enumerate(shape) if n != 1] for shape in (src, dst))
+    while i and j:
+        ins, outs = [i.pop(0)], [j.pop(0)]
+        while (a := prod(src[d] for d in ins)) != (b := prod(dst[d] for d in outs)):
+            if a < b:
+                ins.append(i.pop(0))
+            else:
+                outs.append(j.pop(0))
+        groups.append((ins, outs))
+    return groups
+
+
+def _local_reshape(ctx: Local, op: OpInfo, x: Any, *rest: Any) -> Sequence[Any]:
+    """Every group of dims as one flat dim, whose shards change their size."""
+    src, dst = [op.in_avals[0].shape[d] for d in _order(op)], op.out_avals[0].shape
+    shape, groups = ctx.local_out(0), _groups(src, dst)
+    x = jnp.transpose(x, _order(op))
+    x = jnp.reshape(x, [prod(x.shape[d] for d in ins) for ins, _ in groups])
+    number = 0
+    for i, (ins, outs) in enumerate(groups):
+        if len(ins) == len(outs) == 1:
+            continue
+        name, number = f"g{number}", number + 1
+        if axes := ctx.axes(name):
+            width = prod(shape[d] for d in outs)
+            starts = [width * k for k in range(ctx.shards(name))]
+            x = ctx.fetch(x, i, axes, prod(src[d] for d in ins), starts, width)
+    return [jnp.reshape(x, shape)]
 
 
 def reshape_factors(
@@ -157,130 +210,3 @@ def _empty(op: OpInfo) -> Rule:
         (), (_singles(dims),), {d: Factor(n) for d, n in zip(dims, shape, strict=True)},
         resize=(("shape", 0),) if "shape" in op.params else (),
     )  # fmt: skip
-
-
-def _dims_fixed_where(op: OpInfo, fixed: Sequence[bool], linear: tuple = ((0,),)) -> Rule:
-    """Dims shared one to one by operand 0 and result 0; those in `fixed` are two FIXED factors."""
-    src, dst = op.in_avals[0].shape, op.out_avals[0].shape
-    factors: dict[str, Factor] = {}
-    left, right = [], []
-    for d, is_fixed in enumerate(fixed):
-        if is_fixed:
-            factors[f"i{d}"] = Factor(src[d], Kind.FIXED)
-            factors[f"o{d}"] = Factor(dst[d], Kind.FIXED)
-            left.append((f"i{d}",))
-            right.append((f"o{d}",))
-        else:
-            factors[f"d{d}"] = Factor(src[d])
-            left.append((f"d{d}",))
-            right.append((f"d{d}",))
-    rest = tuple(() for _ in op.in_avals[1:])
-    return Rule((tuple(left), *rest), (tuple(right),), factors, linear=linear)
-
-
-@register(p.rev_p)
-def _rev(op: OpInfo) -> Rule:
-    return _dims_fixed_where(
-        op, [d in op.params["dimensions"] for d in range(len(op.in_avals[0].shape))]
-    )
-
-
-@register(p.slice_p)
-def _slice(op: OpInfo) -> Rule:
-    """Dims taken whole pass through; a sliced dim is FIXED. Parameters are of whole dims, so
-    those of sharded dims are replaced by the local size."""
-    src, dst = op.in_avals[0].shape, op.out_avals[0].shape
-    rule = _dims_fixed_where(op, [n != m for n, m in zip(src, dst, strict=True)])
-    return Rule(
-        rule.operands, rule.results, rule.factors, linear=((0,),), local=_local_slice,
-    )  # fmt: skip
-
-
-def _local_slice(ctx: Local, op: OpInfo, x: Any) -> Sequence[Any]:
-    limits = tuple(
-        n if whole == dst else limit
-        for n, whole, dst, limit in zip(
-            x.shape, op.in_avals[0].shape, op.out_avals[0].shape, op.params["limit_indices"],
-            strict=True,
-        )
-    )  # fmt: skip
-    return ctx.bind(x, limit_indices=limits)
-
-
-@register(p.pad_p)
-def _pad(op: OpInfo) -> Rule:
-    """Padded dims are FIXED; linear when the padding is a literal zero."""
-    fixed = [tuple(c) != (0, 0, 0) for c in op.params["padding_config"]]
-    value = op.literal(1)
-    linear = ((0,),) if value is not None and value == 0 else ((0, 1),)
-    return _dims_fixed_where(op, fixed, linear)
-
-
-@register(p.concatenate_p)
-def _concatenate(op: OpInfo) -> Rule:
-    return _joined(op, op.params["dimension"])
-
-
-def _joined(op: OpInfo, axis: int) -> Rule:
-    """Operands joined along `axis`, which is FIXED; all other dims pass through."""
-    shape = op.out_avals[0].shape
-    factors = {f"d{d}": Factor(n) for d, n in enumerate(shape) if d != axis}
-    factors["joined"] = Factor(shape[axis], Kind.FIXED)
-
-    def dims(name: str) -> Dims:
-        return tuple((name,) if d == axis else (f"d{d}",) for d in range(len(shape)))
-
-    operands = []
-    for i, aval in enumerate(op.in_avals):
-        factors[f"part{i}"] = Factor(aval.shape[axis], Kind.FIXED)
-        operands.append(dims(f"part{i}"))
-    every = tuple(range(len(operands)))
-    return Rule(tuple(operands), (dims("joined"),), factors, linear=(every,))
-
-
-@register(_jax.split_p)
-def _split(op: OpInfo) -> Rule:
-    shape, axis = op.in_avals[0].shape, op.params["axis"]
-    factors = {f"d{d}": Factor(n) for d, n in enumerate(shape) if d != axis}
-    factors["whole"] = Factor(shape[axis], Kind.FIXED)
-
-    def dims(name: str) -> Dims:
-        return tuple((name,) if d == axis else (f"d{d}",) for d in range(len(shape)))
-
-    results = []
-    for i, aval in enumerate(op.out_avals):
-        factors[f"part{i}"] = Factor(aval.shape[axis], Kind.FIXED)
-        results.append(dims(f"part{i}"))
-    return Rule((dims("whole"),), tuple(results), factors, linear=((0,),))
-
-
-@register(_jax.stack_p)
-def _stack(op: OpInfo) -> Rule:
-    """A new FIXED dim; all dims of the operands pass through."""
-    axis = op.params["axis"]
-    shape = op.in_avals[0].shape
-    dims = names("d", len(shape))
-    factors = {d: Factor(n) for d, n in zip(dims, shape, strict=True)}
-    factors["new"] = Factor(len(op.in_avals), Kind.FIXED)
-    out = [(d,) for d in dims]
-    out.insert(axis % (len(shape) + 1), ("new",))
-    every = tuple(range(len(op.in_avals)))
-    return Rule((_singles(dims),) * len(op.in_avals), (tuple(out),), factors, linear=(every,))
-
-
-@register(_jax.unstack_p)
-def _unstack(op: OpInfo) -> Rule:
-    shape = op.in_avals[0].shape
-    axis = op.params["axis"] % len(shape)
-    factors = {f"d{d}": Factor(n, Kind.FIXED if d == axis else Kind.PASS)
-               for d, n in enumerate(shape)}
-    dims = _singles(names("d", len(shape)))
-    out = tuple(d for i, d in enumerate(dims) if i != axis)
-    return Rule((dims,), (out,) * len(op.out_avals), factors, linear=((0,),))
-
-
-@register(_jax.tile_p)
-def _tile(op: OpInfo) -> Rule:
-    """A repeated dim is FIXED, the others pass through."""
-    src, dst = op.in_avals[0].shape, op.out_avals[0].shape
-    return _dims_fixed_where(op, [n != m for n, m in zip(src, dst, strict=True)])

@@ -1,29 +1,149 @@
-"""Sorting and selection: the sorted dim is gathered, or only its winners are."""
+"""Sorting and selection along a sharded dim."""
 
 from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from sharding import _jax
+from sharding.monoid import identity
 from sharding.rule import Factor, Kind, Local, OpInfo, Rule, names, register
-from sharding.rules.reduce import _worst
 
 p = _jax.primitives
 
 
 @register(p.sort_p)
 def _sort(op: OpInfo) -> Rule:
-    """All operands are sorted together along one dim, which is gathered; other dims pass."""
+    """All operands are sorted together along one dim; other dims pass.
+
+    The sorted dim is FIXED where its axes can go to another dim, which is one all-to-all. Where
+    there is no other dim it passes: shards sort what they have, and then exchange whole blocks in
+    the rounds of a sorting network, of which each keeps the lower or the upper half.
+    """
     shape, axis = op.in_avals[0].shape, op.params["dimension"]
     dims = names("d", len(shape))
+    alone = prod(shape) == shape[axis]
     factors = {
-        d: Factor(n, Kind.FIXED if i == axis else Kind.PASS)
+        d: Factor(n, Kind.FIXED if i == axis and not alone else Kind.PASS)
         for i, (d, n) in enumerate(zip(dims, shape, strict=True))
     }
     tensors = (tuple((d,) for d in dims),) * len(op.in_avals)
-    return Rule(tensors, tensors, factors)
+    return Rule(
+        tensors, tensors, factors, local=_local_sort if alone else None,
+        local_when=frozenset({dims[axis]}),
+    )  # fmt: skip
+
+
+def _local_sort(ctx: Local, op: OpInfo, *xs: Any) -> Sequence[Any]:
+    """By a sorting network, where that sends no more than gathering the dim would."""
+    axis = op.params["dimension"]
+    factor, size = f"d{axis}", op.in_avals[0].shape[axis]
+    if not size:
+        return xs
+    shards = ctx.shards(factor)
+    # In a network of two, neighbours merge in order. In a larger one equal elements overtake each
+    # other, so that their global index has to decide.
+    indexed = shards > 2 and op.params["is_stable"] and _shows_ties(op)
+    row = sum(x.dtype.itemsize for x in xs)
+    rounds = network(shards)
+    if len(rounds) * (row + 4 * indexed) > (shards - 1) * row:
+        whole = [ctx.all_gather(x, ctx.axes(factor), axis) for x in xs]
+        out = ctx.bind(*(lax.slice_in_dim(x, 0, size, axis=axis) for x in whole))
+        return [_own(ctx, x, axis, factor) for x in out]
+    keys = op.params["num_keys"]
+    if indexed:
+        index = lax.broadcasted_iota(jnp.uint32, xs[0].shape, axis)
+        index = index + ctx.offset(factor).astype(jnp.uint32)
+        xs, keys = (*xs[:keys], index, *xs[keys:]), keys + 1
+    out = list(_merged(ctx, op, xs, keys, rounds))
+    if indexed:
+        del out[keys - 1]
+    return out
+
+
+def _shows_ties(op: OpInfo) -> bool:
+    """Whether the order of elements that compare as equal can be seen in the results: there are
+    operands besides the keys, or keys of which some differ and compare as equal (zeros, NaN)."""
+    keys = op.params["num_keys"]
+    return keys < len(op.in_avals) or any(
+        jnp.issubdtype(a.dtype, jnp.inexact) for a in op.in_avals[:keys]
+    )
+
+
+def _own(ctx: Local, x: Any, axis: int, factor: str) -> Any:
+    """This shard's part of a whole array."""
+    block = ctx.local_size(factor)
+    missing = block * ctx.shards(factor) - x.shape[axis]
+    widths = [(0, missing if d == axis else 0, 0) for d in range(x.ndim)]
+    x = lax.pad(x, jnp.zeros((), x.dtype), widths)
+    return lax.dynamic_slice_in_dim(x, ctx.offset(factor), block, axis)
+
+
+@lru_cache
+def network(count: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Rounds of compared pairs (low, high) that sort any `count` elements: Batcher's merge
+    exchange (Knuth, The Art of Computer Programming 3, algorithm 5.2.2M)."""
+    top = 1 << max((count - 1).bit_length() - 1, 0)
+    rounds = []
+    bit = top
+    while bit and count > 1:
+        q, r, distance = top, 0, bit
+        while True:
+            rounds.append(
+                tuple((i, i + distance) for i in range(count - distance) if i & bit == r)
+            )
+            if q == bit:
+                break
+            distance, q, r = q - bit, q // 2, bit
+        bit //= 2
+    return tuple(rounds)
+
+
+def _merged(
+    ctx: Local, op: OpInfo, xs: Sequence[Any], keys: int, rounds: Sequence[Any]
+) -> Sequence[Any]:
+    """Blocks in order: in each round two shards have both their blocks; the one with the lower
+    index keeps the lower half. Padding counts as higher than anything, so that it stays in the
+    last shards, and how much each has never changes."""
+    axis = op.params["dimension"]
+    factor, size = f"d{axis}", op.in_avals[0].shape[axis]
+    shards, block = ctx.shards(factor), ctx.local_size(factor)
+    me = ctx.index(ctx.axes(factor))
+    filled = np.clip(size - block * np.arange(shards), 0, block)
+    at = lax.broadcasted_iota(jnp.int32, xs[0].shape, axis)
+
+    def ordered(operands: Sequence[Any], padding: Any) -> Sequence[Any]:
+        if size % shards == 0:
+            return ctx.bind(*operands, num_keys=keys)
+        return ctx.bind(padding, *operands, num_keys=keys + 1)[1:]
+
+    xs = ordered(xs, at >= jnp.asarray(filled)[me])
+    for pairs in rounds:
+        partner = np.arange(shards)
+        for low, high in pairs:
+            partner[low], partner[high] = high, low
+        other = jnp.asarray(partner)[me]
+        first, second = jnp.minimum(me, other), jnp.maximum(me, other)
+        starts = [int(shard) * block for shard in partner]
+        theirs = [ctx.fetch(x, axis, ctx.axes(factor), size, starts, block) for x in xs]
+        padding = [at >= jnp.asarray(filled)[shard] for shard in (first, second)]
+        both = ordered(
+            [_joined(me < other, x, y, axis) for x, y in zip(xs, theirs, strict=True)],
+            lax.concatenate(padding, axis),
+        )
+        start = jnp.where(me < other, 0, block)
+        kept = [lax.dynamic_slice_in_dim(x, start, block, axis) for x in both]
+        xs = [jnp.where(me == other, x, y) for x, y in zip(xs, kept, strict=True)]
+    return xs
+
+
+def _joined(mine_first: Any, mine: Any, theirs: Any, axis: int) -> Any:
+    low, high = jnp.where(mine_first, mine, theirs), jnp.where(mine_first, theirs, mine)
+    return lax.concatenate([low, high], axis)
 
 
 @register(p.top_k_p)
@@ -31,27 +151,33 @@ def _top_k(op: OpInfo) -> Rule:
     """Each shard finds its own k winners; those alone (values and global indices) are gathered.
 
     As with argmax, the `local` function returns whole results, so the searched dim is PASS with no
-    place in them. Where k is not small against a shard, the dim itself is gathered instead.
+    place in them. It is FIXED where even two shards would send as much as it has.
     """
-    rule = _selection(op, op.params["axis"], Kind.PASS)
-    searched = frozenset({f"d{op.params['axis']}"})
-    return Rule(rule.operands, rule.results, rule.factors, local=_local_top_k, local_when=searched)
+    axis, k = op.params["axis"], op.params["k"]
+    few = 2 * k < op.in_avals[0].shape[axis]
+    rule = _selection(op, axis, Kind.PASS if few else Kind.FIXED)
+    return Rule(
+        rule.operands, rule.results, rule.factors, local=_local_top_k,
+        local_when=frozenset({f"d{axis}"}),
+    )  # fmt: skip
 
 
 def _local_top_k(ctx: Local, op: OpInfo, x: Any) -> Sequence[Any]:
+    """Where winners with their indices are more bytes than the shards, those are gathered."""
     axis, k = op.params["axis"], op.params["k"]
     factor = f"d{axis}"
-    axes = ctx.axes(factor)
-    x = ctx.mask(x, 0, factor, _worst(x.dtype, True))
-    if 2 * k >= x.shape[axis]:
+    axes, size, block = ctx.axes(factor), op.in_avals[0].shape[axis], x.shape[axis]
+    if k * (x.dtype.itemsize + 4) >= block * x.dtype.itemsize:
         whole = ctx.all_gather(x, axes, axis)
-        return ctx.bind(lax.slice_in_dim(whole, 0, op.in_avals[0].shape[axis], axis=axis))
-    values, places = ctx.bind(x)
-    values = ctx.all_gather(values, axes, axis)
-    places = ctx.all_gather(places + ctx.offset(factor).astype(places.dtype), axes, axis)
+        return ctx.bind(lax.slice_in_dim(whole, 0, size, axis=axis))
     # Equal values are gathered in order of their global index, which is how top_k breaks ties;
     # padding never wins, as its indices come after those of every real element.
-    best, at = ctx.bind(values)
+    stable = {"is_stable": True} if "is_stable" in op.params and size % block else {}
+    x = ctx.mask(x, 0, factor, identity("max", x.dtype))
+    values, places = ctx.bind(x, **stable)
+    values = ctx.all_gather(values, axes, axis)
+    places = ctx.all_gather(places + ctx.offset(factor).astype(places.dtype), axes, axis)
+    best, at = ctx.bind(values, **stable)
     return [best, jnp.take_along_axis(places, at, axis)]
 
 

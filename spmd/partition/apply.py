@@ -1,6 +1,7 @@
 """Emits the collectives of a reshard plan, inside `shard_map`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -24,13 +25,23 @@ def apply(
     """
     if not steps:
         return x
+    if 0 in shape:  # there is nothing to move, and XLA has no collectives of nothing
+        return lax.empty(steps[-1].after.local_shape(shape, mesh), x.dtype)
     if jnp.issubdtype(x.dtype, jax.dtypes.extended):
         return _apply_to_keys(steps, x, src, shape, mesh)
-    before = src
+    return _in_bytes(lambda y: _stepwise(steps, y, src, shape, mesh), x)
+
+
+def _stepwise(steps: Sequence[Step], x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:
     for step in steps:
         x = _APPLY[step.kind](step, x, before, shape, mesh)
         before = step.after
     return x
+
+
+def all_gather(x: Any, axes: tuple[str, ...], dim: int) -> Any:
+    """Shards along `axes` concatenated on `dim`."""
+    return _in_bytes(lambda y: lax.all_gather(y, axes, axis=dim, tiled=True), x)
 
 
 def linear_index(axes: Sequence[str], mesh: MeshShape) -> Any:
@@ -41,16 +52,90 @@ def linear_index(axes: Sequence[str], mesh: MeshShape) -> Any:
     return index
 
 
+def on_first_device(
+    fun: Callable[..., Sequence[Any]], operands: Sequence[Any], mesh: MeshShape
+) -> list[Any]:
+    """Results of `fun`, which runs on the first device of the mesh alone, on every device."""
+    if mesh.size == 1:
+        return list(fun(*operands))
+    avals = jax.eval_shape(lambda *xs: list(fun(*xs)), *operands)
+    run = lambda *xs: [_words(x) for x in fun(*xs)]  # noqa: E731
+    words = jax.eval_shape(run, *operands)
+    nothing = lambda *xs: [jnp.zeros(w.shape, w.dtype) for w in words]  # noqa: E731
+    found = lax.cond(linear_index(mesh.names, mesh) == 0, run, nothing, *operands)
+    summed = [reduce_over(w, mesh.names, "add") if w.size else w for w in found]
+    return [_from_words(w, a.dtype) for w, a in zip(summed, avals, strict=True)]
+
+
+def _words(x: Any) -> Any:
+    """The bits of `x` as integers: a sum of floats would lose the sign of zero."""
+    if x.dtype == jnp.bool_:
+        return x.astype(jnp.uint8)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return jnp.stack([_words(lax.real(x)), _words(lax.imag(x))])
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return lax.bitcast_convert_type(x, f"uint{jnp.finfo(x.dtype).bits}")
+    return x
+
+
+def _from_words(words: Any, dtype: Any) -> Any:
+    if dtype == jnp.bool_:
+        return words.astype(dtype)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        part = jnp.float32 if dtype == jnp.complex64 else jnp.float64
+        return lax.complex(_from_words(words[0], part), _from_words(words[1], part))
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return lax.bitcast_convert_type(words, dtype)
+    return words
+
+
+def _in_bytes(fun: Callable[[Any], Any], x: Any) -> Any:
+    """`fun` of integers; those of 1 or 2 bits as bytes, since XLA moves no smaller ones than 4."""
+    small = jnp.issubdtype(x.dtype, jnp.integer) and jnp.iinfo(x.dtype).bits < 4
+    return fun(x.astype(jnp.int8)).astype(x.dtype) if small else fun(x)
+
+
 def reduce_over(x: Any, axes: tuple[str, ...], monoid: str) -> Any:
     """All-reduce by any monoid that `Sharding.partial` knows."""
-    if monoid == "add":
-        return lax.psum(x, axes)
     if monoid in ("and", "or"):
         reduce = lax.pmin if monoid == "and" else lax.pmax
         return reduce(x.astype(jnp.int8), axes).astype(x.dtype)
-    if monoid == "mul":
-        return jnp.prod(lax.all_gather(x, axes), axis=0).astype(x.dtype)
-    return {"max": lax.pmax, "min": lax.pmin}[monoid](x, axes)
+    return _in_bytes(lambda y: _REDUCE[monoid](y, axes), x)
+
+
+def _product(x: Any, axes: tuple[str, ...]) -> Any:
+    return lax.reduce(lax.all_gather(x, axes), jnp.ones((), x.dtype), lax.mul, (0,))
+
+
+def _extreme(highest: bool, x: Any, axes: tuple[str, ...]) -> Any:
+    reduce = lax.pmax if highest else lax.pmin
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return reduce(x, axes)
+    # As integers in the same order: collectives of most platforms lose NaNs.
+    return _from_ordered(reduce(_ordered(x, highest), axes), x.dtype)
+
+
+_REDUCE: dict[str, Callable] = {
+    "add": lax.psum, "mul": _product,
+    "max": partial(_extreme, True), "min": partial(_extreme, False),
+}  # fmt: skip
+
+
+def _ordered(x: Any, nan_highest: bool) -> Any:
+    """Integers in the order of floats; any NaN is the highest of all, or the lowest."""
+    wide = x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)
+    nan = jnp.full_like(wide, jnp.nan)
+    wide = jnp.where(jnp.isnan(wide), nan if nan_highest else -nan, wide)
+    whole = jnp.int64 if wide.dtype.itemsize == 8 else jnp.int32
+    found = lax.bitcast_convert_type(wide, whole)
+    return jnp.where(found < 0, found ^ jnp.iinfo(whole).max, found)
+
+
+def _from_ordered(x: Any, dtype: Any) -> Any:
+    """The inverse of `_ordered`."""
+    x = jnp.where(x < 0, x ^ jnp.iinfo(x.dtype).max, x)
+    wide = jnp.float64 if x.dtype.itemsize == 8 else jnp.float32
+    return lax.bitcast_convert_type(x, wide).astype(dtype)
 
 
 def _slice(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:
@@ -61,7 +146,7 @@ def _slice(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> A
 
 
 def _all_gather(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:
-    x = lax.all_gather(x, step.axes, axis=step.dim, tiled=True)
+    x = all_gather(x, step.axes, step.dim)
     return _trim_to(x, step.dim, _local(step.after, step.dim, shape, mesh))
 
 

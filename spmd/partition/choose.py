@@ -12,7 +12,7 @@ from itertools import product
 from math import prod
 from typing import NamedTuple
 
-from sharding.mesh import MeshShape, axes_size
+from sharding.mesh import MeshShape, axes_size, axis_size
 from sharding.project import expressible, to_dims, to_factors
 from sharding.rule import Kind, Rule
 from sharding.spec import Layout
@@ -114,7 +114,10 @@ class _Keyed:
 
     def __init__(self, rule: Rule):
         factors = tuple(rule.factors.items())
-        self.key = (rule.operands, rule.results, factors, rule.linear, rule.flops)
+        alone = tuple(rule.alone.items())
+        self.key = (
+            rule.operands, rule.results, factors, rule.linear, rule.flops, alone, rule.divided
+        )
         self.rule, self.hash = rule, hash(self.key)
 
     def __hash__(self) -> int:
@@ -190,39 +193,78 @@ def _candidates(
     rule: Rule, operands: Sequence[Tensor], results: Sequence[Tensor], mesh: MeshShape
 ) -> Iterator[Assignment]:
     """Legal assignments, those that keep the wanted result first."""
-    options: dict[str, dict[str, None]] = {}
-    order: dict[str, list[str]] = {}
-    wanted: set[tuple[str, str]] = set()
-
-    def note(found: dict[str, tuple[str, ...]], is_result: bool) -> None:
-        for name, axes in found.items():
-            if rule.factors[name].kind is Kind.FIXED:
-                continue
-            for axis in axes:
-                options.setdefault(axis, {})[name] = None
-                if axis not in order.setdefault(name, []):
-                    order[name].append(axis)
-                if is_result:
-                    wanted.add((axis, name))
-
+    options = _Options(rule)
     # A tie is decided by the order: carrying a partial value first, since later sums can share
     # its reduction, then what the result wants.
     for axis in _carriable(rule, operands):
-        options.setdefault(axis, {})[_CARRY] = None
+        options.factors.setdefault(axis, {})[_CARRY] = None
     for r, tensor in enumerate(results):
-        note(to_factors(rule, len(operands) + r, tensor.layouts[0].dims, mesh), True)
+        options.note(to_factors(rule, len(operands) + r, tensor.layouts[0].dims, mesh), True)
     for i, tensor in enumerate(operands):
         for layout in tensor.layouts:
-            note(to_factors(rule, i, layout.dims, mesh), False)
-    axes = list(options)
-    choices = [_prune(axis, list(options[axis]), wanted) for axis in axes]
-    if prod(map(len, choices)) > _MAX_CANDIDATES:
-        choices = [c[:2] for c in choices]
+            options.note(to_factors(rule, i, layout.dims, mesh), False)
+    for axis in options.displaced:
+        for name in _refuges(rule, axis, mesh):
+            options.offer(axis, name)
+    axes, choices = list(options.factors), options.choices()
     for combo in product(*choices):
-        assignment = _assemble(rule, axes, combo, order)
+        assignment = _assemble(rule, axes, combo, options.order)
         if _legal(rule, assignment.axes, mesh) and _can_carry(rule, assignment, operands):
             yield assignment
     yield Assignment(())
+
+
+class _Options:
+    """What every mesh axis may shard.
+
+    Attributes:
+      factors: axis -> factors it may go to, the preferred first.
+      order: factor -> axes that may go to it, major to minor.
+      wanted: (axis, factor) pairs of the wanted results.
+      displaced: axes on dims that must be whole.
+    """
+
+    def __init__(self, rule: Rule):
+        self.rule = rule
+        self.factors: dict[str, dict[str, None]] = {}
+        self.order: dict[str, list[str]] = {}
+        self.wanted: set[tuple[str, str]] = set()
+        self.displaced: dict[str, None] = {}
+
+    def offer(self, axis: str, name: str) -> None:
+        self.factors.setdefault(axis, {})[name] = None
+        if axis not in self.order.setdefault(name, []):
+            self.order[name].append(axis)
+
+    def note(self, found: Mapping[str, tuple[str, ...]], is_result: bool) -> None:
+        """What the layout of one tensor means for the factors."""
+        for name, axes in found.items():
+            for axis in axes:
+                if self.rule.factors[name].kind is Kind.FIXED:
+                    self.displaced[axis] = None
+                    continue
+                self.offer(axis, name)
+                if is_result:
+                    self.wanted.add((axis, name))
+
+    def choices(self) -> list[list[str]]:
+        """Per axis the factors to try, not too many in all."""
+        found = [_prune(axis, list(names), self.wanted) for axis, names in self.factors.items()]
+        if prod(map(len, found)) > _MAX_CANDIDATES:
+            found = [names[:2] for names in found]
+        return found
+
+
+def _refuges(rule: Rule, axis: str, mesh: MeshShape) -> list[str]:
+    """Factors that can take an axis from a dim that must be whole: an all-to-all there (and back)
+    instead of a gather. The largest two; uneven ones would leave devices idle."""
+    shards = axis_size(mesh, axis)
+    free = [
+        (factor.size, name) for name, factor in rule.factors.items()
+        if factor.kind is Kind.PASS and factor.size and factor.size % shards == 0
+        and len({t for t, _ in rule.where[name]}) > 1
+    ]
+    return [name for _, name in sorted(free, key=lambda f: -f[0])[:2]]
 
 
 def _prune(axis: str, factors: list[str], wanted: set[tuple[str, str]]) -> list[str]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sharding import _jax
 from sharding.mesh import MeshShape
@@ -18,12 +19,13 @@ def per_device(plan: ProgramPlan) -> Callable[..., tuple[Any, ...]]:
     """A traceable function of local arguments, with explicit collectives."""
 
     def run(*args: Any) -> tuple[Any, ...]:
-        return tuple(_region(plan.body, plan.mesh, args))
+        return tuple(_region(plan.body, args))
 
     return run
 
 
-def _region(region: RegionPlan, mesh: MeshShape, args: Sequence[Any]) -> list[Any]:
+def _region(region: RegionPlan, args: Sequence[Any]) -> list[Any]:
+    mesh = region.mesh
     env: dict[tuple[int, Any], Any] = {}
 
     def read(key: Key) -> Any:
@@ -57,18 +59,18 @@ def _compute(instruction: Compute, mesh: MeshShape, operands: Sequence[Any]) -> 
         if op.control is None:
             return LocalView(instruction, mesh).run(operands)
         bodies = [
-            lambda *args, region=region: _region(region, mesh, args)
+            lambda *args, region=region: _region(region, args)
             for region in instruction.regions
         ]
         return op.control.build(op.params, bodies, operands)
 
 
 def _constant(key: Key) -> Any:
-    value = key.value
-    if value.rank or not hasattr(value.const, "dtype"):
-        x = jnp.asarray(value.const, value.dtype)
-    else:
-        x = value.const
+    value, x = key.value, key.value.const
+    if isinstance(x, np.ndarray):
+        x = x.view()  # one of its own: JAX's literals remember the mesh that they were made under
+    if value.rank or not hasattr(x, "dtype"):
+        x = jnp.asarray(x, value.dtype)
     weak = getattr(value.aval, "weak_type", False)
     return jax.lax.convert_element_type(x, value.dtype) if not weak else x
 

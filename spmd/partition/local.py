@@ -1,21 +1,23 @@
 """`LocalView`: what a rule's `local` function may ask while it runs inside `shard_map`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
 from sharding.mesh import MeshShape, axes_size
+from sharding.monoid import identity
 from sharding.program import Op
 from sharding.rule import Kind
-from spmd.partition.apply import linear_index
+from spmd.partition.apply import all_gather, linear_index, on_first_device, reduce_over
+from spmd.partition.halo import fetch
 from spmd.partition.plan import Compute
 
 # Parameters that hold shardings on the global mesh: meaningless at local shapes.
 _SHARDING_PARAMS = ("sharding", "out_sharding")
-
-IDENTITY = {"add": 0, "mul": 1, "and": True, "or": False}
+# Parameters that name manual axes.
+_AXIS_PARAMS = ("axes", "axis_name")
 
 
 class LocalView:
@@ -27,6 +29,7 @@ class LocalView:
         self.mesh = mesh
         self.assigned: Mapping[str, tuple[str, ...]] = instruction.assignment.axes
         self.results = instruction.results
+        self.unread = instruction.unread
 
     def axes(self, factor: str) -> tuple[str, ...]:
         return self.assigned.get(factor, ())
@@ -44,6 +47,16 @@ class LocalView:
         value, layout = self.results[result]
         return layout.local_shape(value.shape, self.mesh)
 
+    def named(self, axes: Any) -> Any:
+        """Axis names of the user's mesh as those of the mesh at hand, where they may be split."""
+        if isinstance(axes, (tuple, list)):
+            return tuple(ref for a in axes for ref in (self.mesh.manual_refs(a) or (a,)))
+        refs = self.mesh.manual_refs(axes)
+        return axes if refs in ((), (axes,)) else refs
+
+    def is_read(self, result: int) -> bool:
+        return not self.unread or not self.unread[result]
+
     def index(self, axes: tuple[str, ...]) -> Any:
         return linear_index(axes, self.mesh)
 
@@ -59,13 +72,33 @@ class LocalView:
         return jnp.where(at < self.rule.factors[factor].size, x, jnp.asarray(fill, x.dtype))
 
     def all_gather(self, x: Any, axes: tuple[str, ...], dim: int) -> Any:
-        return lax.all_gather(x, axes, axis=dim, tiled=True) if axes else x
+        if not axes:
+            return x
+        if not x.size:
+            return jnp.concatenate([x] * axes_size(self.mesh, axes), dim)
+        return all_gather(x, axes, dim)
+
+    def all_reduce(self, x: Any, axes: tuple[str, ...], monoid: str = "add") -> Any:
+        return reduce_over(x, axes, monoid) if axes and x.size else x
+
+    def fetch(
+        self, x: Any, dim: int, axes: tuple[str, ...], size: int, starts: Sequence[int],
+        width: int, fill: Any = 0,
+    ) -> Any:  # fmt: skip
+        return fetch(x, dim, axes, size, starts, width, fill, self.index(axes), self.mesh)
+
+    def on_first_device(self, fun: Callable[..., Sequence[Any]], *operands: Any) -> Sequence[Any]:
+        return on_first_device(fun, operands, self.mesh)
 
     def bind(self, *operands: Any, **changed: Any) -> Sequence[Any]:
         params = {**self.op.params, **changed}
         for name in _SHARDING_PARAMS:
             if name in params:
                 params[name] = None
+        if self.mesh.manual:
+            for name in _AXIS_PARAMS:
+                if name in params:
+                    params[name] = self.named(params[name])
         for name, result in self.rule.resize:
             if name not in changed:
                 params[name] = self.local_out(result)
@@ -75,10 +108,11 @@ class LocalView:
     def run(self, operands: Sequence[Any]) -> Sequence[Any]:
         """The equation at local shapes: by its `local` function, or bound with padding masked."""
         if self.rule.identity:
-            return operands
+            return [x if hasattr(x, "shape") else jnp.asarray(x) for x in operands]
         when = self.rule.local_when
         sharded = {name for name, axes in self.assigned.items() if axes}
-        if self.rule.local is not None and (sharded if when is None else sharded & when):
+        special = self.rule.always or (sharded if when is None else sharded & when)
+        if self.rule.local is not None and special:
             return self.rule.local(self, self.op, *operands)
         return self.bind(*self.masked(operands))
 
@@ -94,16 +128,3 @@ class LocalView:
                         fill = identity(factor.monoid, operands[tensor].dtype)
                         operands[tensor] = self.mask(operands[tensor], tensor, name, fill)
         return operands
-
-
-def identity(monoid: str, dtype: Any) -> Any:
-    """The element that a monoid ignores."""
-    if monoid in IDENTITY:
-        return IDENTITY[monoid]
-    if dtype == jnp.bool_:
-        return monoid == "min"
-    low = monoid == "max"
-    if jnp.issubdtype(dtype, jnp.inexact):
-        return -jnp.inf if low else jnp.inf
-    info = jnp.iinfo(dtype)
-    return info.min if low else info.max

@@ -58,6 +58,7 @@ class Compute:
     operands: tuple[Key, ...]
     results: tuple[Key, ...]
     regions: tuple["RegionPlan", ...] = ()
+    unread: tuple[bool, ...] = ()  # per result; empty: all are read
 
     @property
     def rule(self) -> Rule | None:
@@ -66,9 +67,10 @@ class Compute:
 
 @dataclass(frozen=True)
 class RegionPlan:
-    """Instructions of one region and the layouts at its boundary."""
+    """Instructions of one region, the axes they may use, and the layouts at its boundary."""
 
     region: Region
+    mesh: MeshShape
     inputs: tuple[Layout, ...]
     outputs: tuple[Key, ...]
     code: tuple[Move | Compute, ...]
@@ -94,6 +96,7 @@ class Diagnostic:
       text: what was done and what it costs.
       bytes: gather: wire bytes per device; boundary: bytes held per device.
       source: source line of the operation.
+      remedy: what avoids it.
     """
 
     kind: str
@@ -101,10 +104,12 @@ class Diagnostic:
     text: str
     bytes: float = 0.0
     source: str = ""
+    remedy: str = ""
 
     def __str__(self) -> str:
         at = f" at {self.source}" if self.source else ""
-        return f"{self.kind}: {self.value}: {self.text}{at}"
+        remedy = f"; {self.remedy}" if self.remedy else ""
+        return f"{self.kind}: {self.value}: {self.text}{remedy}{at}"
 
 
 @dataclass(frozen=True)

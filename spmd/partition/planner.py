@@ -6,11 +6,13 @@ once per region. Partial values stay partial until something needs them whole.
 
 from collections.abc import Sequence
 
-from sharding.mesh import MeshShape, refine, refine_refs
-from sharding.program import Op, Region, Value, describe
+from sharding.mesh import MeshShape, axes_size, refine, refine_refs
+from sharding.program import Op, Region, Value
 from sharding.propagation import Propagated
-from sharding.rule import Kind, Port
+from sharding.region import Port
+from sharding.rule import Kind
 from sharding.spec import Layout, Sharding
+from spmd.partition import diagnose
 from spmd.partition.addends import Addends
 from spmd.partition.choose import (
     Alternatives,
@@ -48,7 +50,7 @@ def make_plan(
     planner = _Planner(propagated, mesh)
     ins = [planner.refine(layout) for layout in in_layouts]
     outs = [planner.refine(layout) for layout in out_layouts]
-    body = planner.region(propagated.program.body, ins, outs)
+    body = planner.region(propagated.program.body, mesh, ins, outs)
     return ProgramPlan(propagated.program, mesh, body, tuple(planner.diagnostics))
 
 
@@ -126,16 +128,32 @@ class _Planner:
             port = next((p for p in op.in_ports if p.outer == operand), None)
             if port is None:
                 return _whole(op.inputs[operand])
-            inner = self.wanted(op.regions[port.region].inputs[port.inner])
-            return _outer(inner, port.stacked)
+            value = op.regions[port.region].inputs[port.inner]
+            return self.outside(self.at_boundary(value, port), port)
         wanted = [self.wanted(v) for v in (*op.inputs, *op.outputs)]
         count = len(op.inputs)
         return expected(op.rule, operand, wanted[:count], wanted[count:], self.mesh)
 
+    def at_boundary(self, value: Value, port: Port) -> Layout:
+        """The layout of a region's input or output: after manual axes, only even shards are parts
+        of the outer value's shards."""
+        layout = self.wanted(value).reduced()
+        if not any(port.lead):
+            return layout
+        dims = tuple(
+            axes if not lead or n % axes_size(self.mesh, axes) == 0 else ()
+            for lead, axes, n in zip(port.lead, layout.dims, value.shape, strict=True)
+        )
+        return Layout(dims)
+
+    def outside(self, inner: Layout, port: Port) -> Layout:
+        """The layout of the outer value at a port."""
+        return self.refine(Layout(port.outside(inner.dims)))
+
     def region(
-        self, region: Region, inputs: Sequence[Layout], outputs: Sequence[Layout]
+        self, region: Region, mesh: MeshShape, inputs: Sequence[Layout], outputs: Sequence[Layout]
     ) -> RegionPlan:
-        scope = _Scope(self, region, inputs)
+        scope = _Scope(self, region, mesh, inputs)
         for op in region.ops:
             if op.control is None:
                 scope.compute(op)
@@ -145,14 +163,16 @@ class _Planner:
             scope.read(value, layout, None)
             for value, layout in zip(region.outputs, outputs, strict=True)
         )
-        return RegionPlan(region, tuple(inputs), keys, tuple(scope.code))
+        return RegionPlan(region, mesh, tuple(inputs), keys, tuple(scope.code))
 
 
 class _Scope:
     """One region being planned: which layouts of which values are at hand."""
 
-    def __init__(self, planner: _Planner, region: Region, inputs: Sequence[Layout]):
-        self.planner, self.mesh = planner, planner.mesh
+    def __init__(
+        self, planner: _Planner, region: Region, mesh: MeshShape, inputs: Sequence[Layout]
+    ):
+        self.planner, self.mesh = planner, mesh
         self.code: list[Move | Compute] = []
         self.at_hand: dict[int, list[Layout]] = {}
         for value, layout in zip(region.inputs, inputs, strict=True):
@@ -193,9 +213,15 @@ class _Scope:
         self.emit(op, assignment, operands)
 
     def keep(self, op: Op) -> None:
-        """Every operand passes as it is."""
-        reads = tuple(self.read(v, self.layouts(v)[0], op) for v in op.inputs)
-        results = tuple(Key(v, k.layout) for v, k in zip(op.outputs, reads, strict=True))
+        """Every operand passes as it is. One that is read and not passed on is whole in what its
+        readers see: it is reduced, and has no padding."""
+        kept = [self.layouts(v)[0] for v in op.inputs]
+        if not op.outputs:
+            kept = [
+                _even(a.reduced(), v, self.mesh) for a, v in zip(kept, op.inputs, strict=True)
+            ]
+        reads = tuple(self.read(v, k, op) for v, k in zip(op.inputs, kept, strict=True))
+        results = tuple(Key(v, k.layout) for v, k in zip(op.outputs, reads, strict=False))
         for value, layout in results:
             self.at_hand.setdefault(value.id, []).append(layout)
         self.code.append(Compute(op, Assignment(()), reads, results))
@@ -207,7 +233,8 @@ class _Scope:
         results = tuple(Key(v, m) for v, m in zip(op.outputs, made, strict=True))
         for value, layout in results:
             self.at_hand.setdefault(value.id, []).append(layout)
-        self.code.append(Compute(op, assignment, reads, results))
+        unread = tuple(not self.planner.uses[v.id] for v in op.outputs)
+        self.code.append(Compute(op, assignment, reads, results, unread=unread))
 
     def read(self, value: Value, need: Layout, op: Op | None) -> Key:
         """The value in a layout; emits the move when it is not at hand."""
@@ -228,65 +255,62 @@ class _Scope:
         best, src = min(options, key=lambda option: option[0].cost)
         self.code.append(Move(value, src, need, best, op))
         self.at_hand.setdefault(value.id, [src]).append(need)
-        self.note_gather(value, best, op)
+        if op is not None and op.control is None:
+            found = diagnose.gather(op, value, best)
+            self.planner.diagnostics += [found] if found else []
         return Key(value, need)
-
-    def note_gather(self, value: Value, best, op: Op | None) -> None:
-        """A diagnostic where an operation has no distributed form along a sharded dim."""
-        if op is None or op.control is not None:
-            return
-        fixed = [f for f in op.rule.factors.values() if f.kind is Kind.FIXED]
-        wire = sum(s.bytes for s in best.steps if s.kind == "all_gather")
-        if fixed and wire:
-            text = f"{op.primitive.name} needs a sharded dim whole: gathered, {wire:,.0f} B"
-            self.planner.diagnostics.append(
-                Diagnostic("gather", describe(value), text, wire, op.source)
-            )
 
     def control(self, op: Op) -> None:
         """A control-flow op: layouts at the regions' boundaries are those propagated there."""
-        control = op.control
+        control, planner = op.control, self.planner
         assert control is not None
-        inputs = [[self.planner.wanted(v) for v in r.inputs] for r in op.regions]
-        first: dict[int, Layout] = {}
-        for port in op.in_ports:
-            # One operand is passed once: all its ports take the layout of the first.
-            inner = first.setdefault(port.outer, inputs[port.region][port.inner])
-            inputs[port.region][port.inner] = inner
-        outputs = [[self.planner.wanted(v).reduced() for v in r.outputs] for r in op.regions]
-        shared: dict[int, Layout] = {}
-        for port in op.out_ports:
-            layout = shared.setdefault(port.outer, outputs[port.region][port.inner])
-            outputs[port.region][port.inner] = layout
+        inputs = [[planner.wanted(v) for v in r.inputs] for r in op.regions]
+        outputs = [[planner.wanted(v).reduced() for v in r.outputs] for r in op.regions]
+        reads = self.ports(op.in_ports, [r.inputs for r in op.regions], inputs)
+        made = self.ports(op.out_ports, [r.outputs for r in op.regions], outputs)
         for region, out, into in control.carries(op):
             outputs[region][out] = inputs[region][into]
+        for port in op.out_ports:
+            made[port.outer] = planner.outside(outputs[port.region][port.inner], port)
+        manual = control.manual(op.params)
+        mesh = self.mesh.without(manual.axes) if manual else self.mesh
         regions = tuple(
-            self.planner.region(r, i, o)
+            planner.region(r, mesh, i, o)
             for r, i, o in zip(op.regions, inputs, outputs, strict=True)
         )
-        stacked = {port.outer for port in op.in_ports if port.stacked}
-        reads = tuple(
-            self.read(v, _outer(first[i], i in stacked) if i in first else _whole(v), op)
-            for i, v in enumerate(op.inputs)
+        operands = tuple(
+            self.read(v, reads.get(i, _whole(v)), op) for i, v in enumerate(op.inputs)
         )
-        results = self.control_results(op, op.out_ports, outputs)
+        results = tuple(Key(v, made[i]) for i, v in enumerate(op.outputs))
         for value, layout in results:
             self.at_hand[value.id] = [layout]
-        self.code.append(Compute(op, Assignment(()), reads, results, regions))
+        self.code.append(Compute(op, Assignment(()), operands, results, regions))
 
-    def control_results(
-        self, op: Op, ports: Sequence[Port], outputs: Sequence[Sequence[Layout]]
-    ) -> tuple[Key, ...]:
-        found = {p.outer: _outer(outputs[p.region][p.inner], p.stacked) for p in ports}
-        return tuple(Key(v, found[i]) for i, v in enumerate(op.outputs))
-
-
-def _outer(inner: Layout, stacked: bool) -> Layout:
-    return Layout(((), *inner.dims), inner.partial) if stacked else inner
+    def ports(
+        self, ports: Sequence[Port], values: Sequence[Sequence[Value]],
+        layouts: list[list[Layout]],
+    ) -> dict[int, Layout]:  # fmt: skip
+        """Layouts of outer values. `layouts` of inner ones are made to agree: what is passed once
+        has, at all its ports, the layout of the first."""
+        first: dict[int, Layout] = {}
+        found: dict[int, Layout] = {}
+        for port in ports:
+            if port.outer not in first:
+                inner = self.planner.at_boundary(values[port.region][port.inner], port)
+                first[port.outer] = inner
+                found[port.outer] = self.planner.outside(inner, port)
+            layouts[port.region][port.inner] = first[port.outer]
+        return found
 
 
 def _whole(value: Value) -> Layout:
     return Layout(((),) * value.rank)
+
+
+def _even(layout: Layout, value: Value, mesh: MeshShape) -> Layout:
+    """With dims whole that the axes do not divide."""
+    pairs = zip(layout.dims, value.shape, strict=True)
+    return Layout(tuple(() if n % axes_size(mesh, a) else a for a, n in pairs), layout.partial)
 
 
 def _itemsize(value: Value) -> int:

@@ -6,6 +6,8 @@ Always on in tests (`SPMD_VERIFY=1`); cheap enough to leave on.
 import os
 from typing import Any
 
+import jax
+
 from sharding.errors import Problem, VerificationError
 from sharding.mesh import MeshShape
 from sharding.program import describe
@@ -23,7 +25,7 @@ def verify(plan: ProgramPlan) -> None:
       VerificationError: with every violation found.
     """
     problems: list[Problem] = []
-    _region(plan.body, plan.mesh, problems)
+    _region(plan.body, problems)
     if problems:
         raise VerificationError(*problems)
 
@@ -37,10 +39,11 @@ def check_local_shape(key: Key, x: Any, instruction: Compute, mesh: MeshShape) -
     if not ENABLED:
         return
     expected = key.layout.local_shape(key.value.shape, mesh)
-    if tuple(x.shape) != expected or x.dtype != key.value.dtype:
+    made = jax.typeof(x)  # a primitive that hands back what it was given may hand back a literal
+    if made.shape != expected or made.dtype != key.value.dtype:
         raise VerificationError(
             Problem(
-                f"{describe(key.value)} is {x.dtype}{list(x.shape)} on each device",
+                f"{describe(key.value)} is {made.dtype}{list(made.shape)} on each device",
                 f"its layout {key.layout} of {key.value.dtype}{list(key.value.shape)} means "
                 f"{list(expected)}; the rule of {instruction.op.primitive.name} is wrong",
                 "report this as a defect, with the program",
@@ -48,7 +51,8 @@ def check_local_shape(key: Key, x: Any, instruction: Compute, mesh: MeshShape) -
         )
 
 
-def _region(region: RegionPlan, mesh: MeshShape, problems: list[Problem]) -> None:
+def _region(region: RegionPlan, problems: list[Problem]) -> None:
+    mesh = region.mesh
     known: set[tuple[int, Layout]] = set()
     for value, layout in zip(region.region.inputs, region.inputs, strict=True):
         known.add((value.id, layout))
@@ -73,7 +77,7 @@ def _region(region: RegionPlan, mesh: MeshShape, problems: list[Problem]) -> Non
         if instruction.op.control is None and not instruction.op.rule.elementary:
             _compute(instruction, mesh, problems)
         for inner in instruction.regions:
-            _region(inner, mesh, problems)
+            _region(inner, problems)
     for key in region.outputs:
         if key.layout.partial:
             problems.append(_leak(key.value, key.layout, "leaves a region"))

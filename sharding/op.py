@@ -1,0 +1,135 @@
+"""What a `Program` is made of: values, equations, and the regions that hold them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from sharding import _jax
+from sharding.region import Control, Manual, Port
+from sharding.rule import REGISTRY, Rule, replicated_rule
+
+
+class Value:
+    """One SSA value: an input, a constant, a literal or a result of an `Op`."""
+
+    __slots__ = ("aval", "const", "id", "name", "op", "shape")
+
+    def __init__(self, id: int, aval: Any, name: str = "", const: Any = None):
+        self.id = id
+        self.aval = aval
+        self.shape: tuple[int, ...] = tuple(getattr(aval, "shape", ()))
+        self.name = name
+        self.const = const
+        self.op: Op | None = None
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return getattr(self.aval, "dtype", None)
+
+    def __str__(self) -> str:
+        return self.name or f"%{self.id}"
+
+    def __repr__(self) -> str:
+        return f"{self}: {type_text(self)}"
+
+
+class Scope(NamedTuple):
+    """What is around an operation.
+
+    Attributes:
+      caller: source line of the call that it was inlined from.
+      manual: axes that the region it is in keeps to itself.
+      axis_rules: those of the nested program that it comes from; None: those of the whole one.
+    """
+
+    caller: str = ""
+    manual: Manual | None = None
+    axis_rules: Any = None
+
+    def inside(self, manual: Manual | None) -> "Scope":
+        """Of a region in which axes become manual."""
+        if manual is not None and self.manual is not None:
+            manual = Manual(manual.mesh, manual.axes | self.manual.axes)
+        return self._replace(manual=manual or self.manual)
+
+
+@dataclass(eq=False)
+class Op:
+    """One equation. `regions` is empty but for control flow."""
+
+    index: int
+    primitive: Any
+    params: Mapping[str, Any]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    eqn: Any
+    regions: tuple["Region", ...] = ()
+    scope: Scope = Scope()
+
+    @property
+    def in_avals(self) -> Sequence[Any]:
+        return [v.aval for v in self.inputs]
+
+    @property
+    def out_avals(self) -> Sequence[Any]:
+        return [v.aval for v in self.outputs]
+
+    def literal(self, operand: int) -> Any:
+        return self.inputs[operand].const
+
+    @cached_property
+    def source(self) -> str:
+        """`file.py:line (function)` in the user's code; of the call it was inlined from where the
+        equation itself was traced in a library."""
+        return _jax.source_of(self.eqn) or self.scope.caller
+
+    @cached_property
+    def rule(self) -> Rule:
+        """The primitive's rule for these shapes.
+
+        One without a rule runs replicated; `Program.check_rules` lets that pass only where the
+        user accepted it.
+        """
+        return REGISTRY.rules.get(self.primitive, replicated_rule)(self)
+
+    @property
+    def control(self) -> Control | None:
+        return REGISTRY.controls.get(self.primitive)
+
+    @cached_property
+    def in_ports(self) -> tuple[Port, ...]:
+        return tuple(self.control.inputs(self)) if self.control else ()
+
+    @cached_property
+    def out_ports(self) -> tuple[Port, ...]:
+        return tuple(self.control.outputs(self)) if self.control else ()
+
+    def __str__(self) -> str:
+        return f"{self.primitive.name}.{self.index}"
+
+
+@dataclass(eq=False)
+class Region:
+    """A straight-line list of ops: the program's body, or the body of a control-flow op."""
+
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    ops: tuple[Op, ...]
+    consts: tuple[Value, ...] = ()
+
+    def walk(self) -> Iterator[Op]:
+        """Every op, those of nested regions after their parent."""
+        for op in self.ops:
+            yield op
+            for region in op.regions:
+                yield from region.walk()
+
+
+def type_text(value: Value) -> str:
+    short = getattr(value.aval, "str_short", None)
+    return short(short_dtypes=True) if short else str(value.aval)

@@ -1,0 +1,306 @@
+"""Cutting and joining: slice, pad, reverse, concatenate, split, stack, tile.
+
+Along a sharded dim every shard works out which elements of its result lie where, and fetches those
+from its neighbours. Nothing is ever gathered in order to be cut again.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from sharding import _jax
+from sharding.rule import (
+    Dims,
+    Factor,
+    Kind,
+    Local,
+    OpInfo,
+    Rule,
+    names,
+    register,
+    sum_monoid,
+)  # fmt: skip
+
+p = _jax.primitives
+
+
+def _dims(op: OpInfo, kinds: Sequence[Kind], **rule: Any) -> Rule:
+    """Dims shared one to one by operand 0 and result 0; a dim that is cut from n to 1 has no place
+    in the result, and is reduced."""
+    src, dst = op.in_avals[0].shape, op.out_avals[0].shape
+    monoid = sum_monoid(op.in_avals[0].dtype)
+    factors: dict[str, Factor] = {}
+    left, right = [], []
+    for d, (n, m, kind) in enumerate(zip(src, dst, kinds, strict=True)):
+        name = f"d{d}"
+        if kind is Kind.REDUCE and not monoid:
+            kind = Kind.FIXED
+        factors[name] = Factor(n, kind, monoid if kind is Kind.REDUCE else "")
+        if kind is Kind.PERMUTE:
+            factors[name] = Factor(m, kind)
+        left.append((name,) if n != 1 else ())
+        right.append((name,) if m != 1 else ())
+    cut = frozenset(f"d{d}" for d, kind in enumerate(kinds) if kind is not Kind.PASS)
+    rest = tuple(() for _ in op.in_avals[1:])
+    return Rule((tuple(left), *rest), (tuple(right),), factors, **{"local_when": cut, **rule})
+
+
+def _cut_kinds(op: OpInfo, cut: Sequence[bool]) -> list[Kind]:
+    src, dst = op.in_avals[0].shape, op.out_avals[0].shape
+    return [
+        Kind.PASS if not is_cut else Kind.REDUCE if m == 1 < n else Kind.PERMUTE
+        for n, m, is_cut in zip(src, dst, cut, strict=True)
+    ]
+
+
+@register(p.slice_p)
+def _slice(op: OpInfo) -> Rule:
+    """A sliced dim keeps its axes: shards fetch what is theirs of the slice. A single element of
+    a sharded dim (x[3]) comes from its owner: the result is all-reduced."""
+    src, dst = op.in_avals[0].shape, op.out_avals[0].shape
+    kinds = _cut_kinds(op, [n != m for n, m in zip(src, dst, strict=True)])
+    # Parameters are of whole dims: sharded ones need others, whether they are sliced or not.
+    return _dims(op, kinds, linear=((0,),), local=_local_slice, local_when=None)
+
+
+def _local_slice(ctx: Local, op: OpInfo, x: Any) -> Sequence[Any]:
+    src, dst = op.in_avals[0].shape, op.out_avals[0].shape
+    begins = op.params["start_indices"]
+    strides = op.params["strides"] or (1,) * len(src)
+    starts, limits, steps = [], [], []
+    for d, (n, m) in enumerate(zip(src, dst, strict=True)):
+        axes = ctx.axes(f"d{d}")
+        if n == m or not axes:
+            starts.append(begins[d])
+            limits.append(op.params["limit_indices"][d] if n != m else x.shape[d])
+            steps.append(strides[d])
+            continue
+        if m == 1:
+            x = _only_owner(ctx, x, d, begins[d])
+            starts.append(begins[d] % x.shape[d])
+            limits.append(begins[d] % x.shape[d] + 1)
+        else:
+            size = ctx.local_out(0)[d]
+            at = [begins[d] + strides[d] * size * i for i in range(ctx.shards(f"d{d}"))]
+            x = ctx.fetch(x, d, axes, n, at, max(strides[d] * (size - 1) + 1, 0))
+            starts.append(0)
+            limits.append(x.shape[d])
+        steps.append(strides[d] if m != 1 else 1)
+    return ctx.bind(x, start_indices=tuple(starts), limit_indices=tuple(limits),
+                    strides=tuple(steps))
+
+
+def _only_owner(ctx: Local, x: Any, d: int, place: int) -> Any:
+    """Zeros on every shard but the one that holds global `place` along `d`."""
+    mine = ctx.index(ctx.axes(f"d{d}")) == place // x.shape[d]
+    return jnp.where(mine, x, jnp.zeros((), x.dtype))
+
+
+@register(p.rev_p)
+def _rev(op: OpInfo) -> Rule:
+    """Shards swap places along a reversed dim, with their mirror image."""
+    rank = len(op.in_avals[0].shape)
+    kinds = [Kind.PERMUTE if d in op.params["dimensions"] else Kind.PASS for d in range(rank)]
+    return _dims(op, kinds, linear=((0,),), local=_local_rev)
+
+
+def _local_rev(ctx: Local, op: OpInfo, x: Any) -> Sequence[Any]:
+    for d in op.params["dimensions"]:
+        axes, n, size = ctx.axes(f"d{d}"), op.in_avals[0].shape[d], x.shape[d]
+        if axes:
+            shards = ctx.shards(f"d{d}")
+            x = ctx.fetch(x, d, axes, n, [n - size * (i + 1) for i in range(shards)], size)
+    return ctx.bind(x)
+
+
+@register(p.pad_p)
+def _pad(op: OpInfo) -> Rule:
+    """A padded dim keeps its axes: shards fetch what their part of the result holds. Linear in the
+    operand alone where the padding is a literal zero."""
+    config = op.params["padding_config"]
+    kinds = _cut_kinds(op, [tuple(c) != (0, 0, 0) for c in config])
+    # Padding down to one element may be of the padding value: not the owner's to tell.
+    kinds = [Kind.FIXED if kind is Kind.REDUCE else kind for kind in kinds]
+    value = op.literal(1)
+    linear = ((0,),) if value is not None and value == 0 else ((0, 1),)
+    return _dims(op, kinds, linear=linear, local=_local_pad)
+
+
+def _local_pad(ctx: Local, op: OpInfo, x: Any, value: Any) -> Sequence[Any]:
+    config = [tuple(c) for c in op.params["padding_config"]]
+    for d, (low, _, interior) in enumerate(config):
+        axes, shards = ctx.axes(f"d{d}"), ctx.shards(f"d{d}")
+        if config[d] == (0, 0, 0) or not axes:
+            continue
+        step, size = interior + 1, ctx.local_out(0)[d]
+        # Result place j holds operand element (j - low) / step, where that is whole.
+        starts = [-((low - i * size) // step) for i in range(shards)]
+        width = -(-size // step)
+        if x.shape[d] == 1 == op.in_avals[0].shape[d]:  # whole on every device
+            at = jnp.asarray(starts, jnp.int32)[ctx.index(axes)]
+            at = at + lax.broadcasted_iota(jnp.int32, _resized(x, d, width), d)
+            x = jnp.where(at == 0, x, value)
+        else:
+            x = ctx.fetch(x, d, axes, op.in_avals[0].shape[d], starts, width, value)
+        config[d] = (0, 0, 0)
+        if step > 1:
+            lead = [start * step + low - i * size for i, start in enumerate(starts)]
+            x = _spread(ctx, x, d, axes, step, lead, size, value)
+    (out,) = ctx.bind(x, value, padding_config=tuple(config))
+    return [out]
+
+
+def _resized(x: Any, d: int, n: int) -> tuple[int, ...]:
+    return (*x.shape[:d], n, *x.shape[d + 1 :])
+
+
+def _spread(
+    ctx: Local, x: Any, d: int, axes: tuple[str, ...], step: int, lead: Sequence[int], size: int,
+    value: Any,
+) -> Any:  # fmt: skip
+    """`size` elements with those of `x` `step` apart, the first at `lead[shard]` < step."""
+    widths = [(step - 1, size, step - 1) if i == d else (0, 0, 0) for i in range(x.ndim)]
+    x = lax.pad(x, value, widths)
+    start = step - 1 - jnp.asarray(lead, jnp.int32)[ctx.index(axes)]
+    return lax.dynamic_slice_in_dim(x, start, size, d)
+
+
+@register(p.concatenate_p)
+def _concatenate(op: OpInfo) -> Rule:
+    """The joined dim keeps its axes: shards fetch from every operand what falls into their part.
+    Operands of one element are whole on every device."""
+    shape, axis = op.out_avals[0].shape, op.params["dimension"]
+    dims = names("d", len(shape))
+    factors = {d: Factor(n) for d, n in zip(dims, shape, strict=True)}
+    factors[dims[axis]] = Factor(shape[axis], Kind.PERMUTE)
+
+    def tensor(aval: Any) -> tuple[tuple[str, ...], ...]:
+        return tuple((d,) if i != axis or aval.shape[axis] != 1 else ()
+                     for i, d in enumerate(dims))
+
+    operands = tuple(map(tensor, op.in_avals))
+    every = tuple(range(len(operands)))
+    return Rule(
+        operands, (tensor(op.out_avals[0]),), factors, linear=(every,),
+        local=_local_concatenate, local_when=frozenset({dims[axis]}),
+    )  # fmt: skip
+
+
+def _local_concatenate(ctx: Local, op: OpInfo, *operands: Any) -> Sequence[Any]:
+    """Every operand's share is written to its place; margins take what reaches outside."""
+    axis = op.params["dimension"]
+    factor = f"d{axis}"
+    axes, shards = ctx.axes(factor), ctx.shards(factor)
+    size = ctx.local_out(0)[axis]
+    out = jnp.zeros(_resized(operands[0], axis, 3 * size), operands[0].dtype)
+    begin = 0
+    for x, aval in zip(operands, op.in_avals, strict=True):
+        n = aval.shape[axis]
+        width = min(n, size)
+        starts, places = [], []
+        for i in range(shards):
+            first, last = max(i * size, begin), min((i + 1) * size, begin + n)
+            here = first < last
+            # A range that lies outside of the operand costs nothing.
+            starts.append(min(first - begin, n - width) if here else n)
+            places.append(begin + starts[-1] - i * size + size if here else 0)
+        begin += n
+        if width and n > 1:
+            x = ctx.fetch(x, axis, axes, n, starts, width)
+        if width:
+            place = jnp.asarray(places, jnp.int32)[ctx.index(axes)]
+            out = lax.dynamic_update_slice_in_dim(out, x, place, axis)
+    return [lax.slice_in_dim(out, size, 2 * size, axis=axis)]
+
+
+@register(_jax.split_p)
+def _split(op: OpInfo) -> Rule:
+    """The split dim keeps its axes in every part: shards fetch what is theirs of it. Parts of one
+    element are needed everywhere: then the dim is gathered."""
+    shape, axis = op.in_avals[0].shape, op.params["axis"] % len(op.in_avals[0].shape)
+    dims = names("d", len(shape))
+    factors = {d: Factor(n) for d, n in zip(dims, shape, strict=True)}
+    single = any(aval.shape[axis] == 1 for aval in op.out_avals)
+    results: list[Dims] = []
+    kind = Kind.FIXED if single else Kind.PERMUTE
+    factors[dims[axis]] = Factor(max(aval.shape[axis] for aval in op.out_avals), kind)
+    for i, aval in enumerate(op.out_avals):
+        part = dims[axis]
+        if single:
+            part = f"part{i}"
+            factors[part] = Factor(aval.shape[axis], Kind.FIXED)
+        results.append(tuple((part,) if d == axis else (name,) for d, name in enumerate(dims)))
+    return Rule(
+        (tuple((d,) for d in dims),), tuple(results), factors, linear=((0,),),
+        local=_local_split, local_when=frozenset({dims[axis]}),
+    )  # fmt: skip
+
+
+def _local_split(ctx: Local, op: OpInfo, x: Any) -> Sequence[Any]:
+    axis = op.params["axis"] % x.ndim
+    factor, n = f"d{axis}", op.in_avals[0].shape[axis]
+    parts, begin = [], 0
+    for r, aval in enumerate(op.out_avals):
+        size = ctx.local_out(r)[axis]
+        starts = [begin + i * size for i in range(ctx.shards(factor))]
+        parts.append(ctx.fetch(x, axis, ctx.axes(factor), n, starts, size))
+        begin += aval.shape[axis]
+    return parts
+
+
+@register(_jax.stack_p)
+def _stack(op: OpInfo) -> Rule:
+    """A new FIXED dim; all dims of the operands pass through."""
+    axis = op.params["axis"]
+    shape = op.in_avals[0].shape
+    dims = names("d", len(shape))
+    factors = {d: Factor(n) for d, n in zip(dims, shape, strict=True)}
+    factors["new"] = Factor(len(op.in_avals), Kind.FIXED)
+    out = [(d,) for d in dims]
+    out.insert(axis % (len(shape) + 1), ("new",))
+    every = tuple(range(len(op.in_avals)))
+    operand = tuple((d,) for d in dims)
+    return Rule((operand,) * len(op.in_avals), (tuple(out),), factors, linear=(every,))
+
+
+@register(_jax.unstack_p)
+def _unstack(op: OpInfo) -> Rule:
+    """Every result is needed whole: along the unstacked dim one gather is the cheapest."""
+    shape = op.in_avals[0].shape
+    axis = op.params["axis"] % len(shape)
+    dims = names("d", len(shape))
+    factors = {d: Factor(n, Kind.FIXED if i == axis else Kind.PASS)
+               for i, (d, n) in enumerate(zip(dims, shape, strict=True))}
+    out = tuple((d,) for i, d in enumerate(dims) if i != axis)
+    operand = tuple((d,) for d in dims)
+    return Rule((operand,), (out,) * len(op.out_avals), factors, linear=((0,),))
+
+
+@register(_jax.tile_p)
+def _tile(op: OpInfo) -> Rule:
+    """A repeated dim is whole in the operand, which is the smaller; each shard of the result makes
+    its own part of it."""
+    src, dst = op.in_avals[0].shape, op.out_avals[0].shape
+    factors: dict[str, Factor] = {}
+    left, right = [], []
+    for d, (n, m) in enumerate(zip(src, dst, strict=True)):
+        factors[f"d{d}"] = Factor(m)
+        right.append((f"d{d}",))
+        if n == m:
+            left.append((f"d{d}",))
+        else:
+            factors[f"i{d}"] = Factor(n, Kind.FIXED)
+            left.append((f"i{d}",) if n != 1 else ())
+    cut = frozenset(f"d{d}" for d, (n, m) in enumerate(zip(src, dst, strict=True)) if n != m)
+    return Rule((tuple(left),), (tuple(right),), factors, linear=((0,),), expands=True,
+                local=_local_tile, local_when=cut)
+
+
+def _local_tile(ctx: Local, op: OpInfo, x: Any) -> Sequence[Any]:
+    for d, (n, m) in enumerate(zip(op.in_avals[0].shape, op.out_avals[0].shape, strict=True)):
+        if n != m:
+            at = ctx.offset(f"d{d}") + lax.iota(jnp.int32, ctx.local_out(0)[d])
+            x = jnp.take(x, at % max(n, 1), axis=d, mode="clip")
+    return [x]

@@ -1,0 +1,210 @@
+"""Fetching ranges of a sharded dim: each device gets the elements it needs from the neighbours.
+
+What a device wants is known before tracing, so the exchange is a list of hops. In a hop every
+shard sends one part and receives one, or none; what nobody wants is not sent. Halo exchange, shift,
+reversal and redistribution over other shard sizes are all this.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from sharding.mesh import MeshShape, axes_size, axis_size
+from spmd import cost
+
+
+class Hop(NamedTuple):
+    """One exchange.
+
+    Attributes:
+      pairs: (source, receiver) shards, each at most once; or every shard with itself.
+      length: elements along the dim, the same for all.
+      send: per shard, the local place where the part that it sends starts.
+      place: per shard, where in its result the part that it receives starts; may reach outside.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+    length: int
+    send: tuple[int, ...]
+    place: tuple[int, ...]
+
+    @property
+    def moves(self) -> bool:
+        return any(source != receiver for source, receiver in self.pairs)
+
+
+# (source, receiver) -> the global range that moves
+_Parts = dict[tuple[int, int], tuple[int, int]]
+
+
+@lru_cache(maxsize=4096)
+def hops(
+    size: int, block: int, shards: int, starts: tuple[int, ...], width: int
+) -> tuple[Hop, ...]:
+    """The exchanges after which shard i has global elements [starts[i], starts[i] + width).
+
+    Args:
+      size: global size of the dim.
+      block: elements per shard, the last ones padded.
+    """
+    by_distance: dict[int, _Parts] = {}
+    for i, start in enumerate(starts):
+        low, high = max(start, 0), min(start + width, size)
+        for j in range(low // block if block else 0, shards):
+            first, last = max(low, j * block), min(high, (j + 1) * block)
+            if first >= last:
+                break
+            by_distance.setdefault(j - i, {})[j, i] = (first, last)
+    own = by_distance.pop(0, None)
+    moving = _merged([parts for _, parts in sorted(by_distance.items())])
+    groups = ([own] if own else []) + moving
+    return tuple(_hop(parts, block, starts, shards) for parts in groups)
+
+
+def _merged(groups: Sequence[_Parts]) -> list[_Parts]:
+    """Distances that no shard sends or receives over twice go together, the longest first."""
+    merged: list[_Parts] = []
+    for parts in sorted(groups, key=_length, reverse=True):
+        for other in merged:
+            if all(
+                {pair[end] for pair in parts}.isdisjoint(pair[end] for pair in other)
+                for end in (0, 1)
+            ):
+                other.update(parts)
+                break
+        else:
+            merged.append(dict(parts))
+    return merged
+
+
+def _length(parts: _Parts) -> int:
+    return max(last - first for first, last in parts.values())
+
+
+def _hop(parts: _Parts, block: int, starts: Sequence[int], shards: int) -> Hop:
+    length = _length(parts)
+    send, place = [0] * shards, [-length] * shards
+    for (source, receiver), (first, _) in parts.items():
+        send[source] = min(first - source * block, block - length)
+        place[receiver] = source * block + send[source] - starts[receiver]
+    return Hop(tuple(parts), length, tuple(send), tuple(place))
+
+
+def fetch(
+    x: Any, dim: int, axes: tuple[str, ...], size: int, starts: Sequence[int], width: int,
+    fill: Any, index: Any, mesh: MeshShape,
+) -> Any:  # fmt: skip
+    """See `sharding.rule.Local.fetch`. `index` is this device's place along `axes`."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        impl = jax.random.key_impl(x)
+        words = fetch(
+            jax.random.key_data(x), dim, axes, size, starts, width, 0, index, mesh
+        )
+        return jax.random.wrap_key_data(words, impl=impl)
+    shards = axes_size(mesh, axes)
+    starts = tuple(int(s) for s in starts)
+    fill = jnp.asarray(fill, x.dtype)
+    shape = (*x.shape[:dim], width, *x.shape[dim + 1 :])
+    if 0 in shape or not size:
+        return jnp.full(shape, fill)
+    exchanged = hops(size, x.shape[dim], shards, starts, width)
+    inside = all(0 <= s and s + width <= size for s in starts)
+    even = size == x.shape[dim] * shards
+    if _whole_is_cheaper(exchanged, x, dim, shards):
+        out = lax.all_gather(x, axes, axis=dim, tiled=True)
+        at = _pick(starts, index) + lax.iota(jnp.int32, width)
+        out = jnp.take(out, at, axis=dim, mode="clip")
+        return out if inside else _masked(out, dim, size, starts, index, fill)
+    parts = [(hop, _received(hop, x, dim, axes, index, mesh)) for hop in exchanged]
+    joined = _joined(parts, dim, width)
+    if joined is None:
+        joined = _placed(parts, dim, width, jnp.full(shape, fill), index)
+        return joined if even else _masked(joined, dim, size, starts, index, fill)
+    return joined if inside and even else _masked(joined, dim, size, starts, index, fill)
+
+
+def _whole_is_cheaper(exchanged: Sequence[Hop], x: Any, dim: int, shards: int) -> bool:
+    """Whether one all-gather costs less than the hops, a constant per collective included."""
+    moving = [hop for hop in exchanged if hop.moves]
+    row = x.size // max(x.shape[dim], 1) * x.dtype.itemsize
+    by_hops = sum(hop.length * row + cost.STEP_BYTES for hop in moving)
+    return by_hops > (shards - 1) * x.shape[dim] * row + cost.STEP_BYTES
+
+
+def _received(
+    hop: Hop, x: Any, dim: int, axes: tuple[str, ...], index: Any, mesh: MeshShape
+) -> Any:
+    """What another shard has for this device; zeros where none has anything."""
+    if hop.length != x.shape[dim]:
+        used = {hop.send[source] for source, _ in hop.pairs}
+        start = used.pop() if len(used) == 1 else _pick(hop.send, index)
+        x = lax.dynamic_slice_in_dim(x, start, hop.length, dim)
+    if not hop.moves:
+        return x
+    order = tuple(a for a in mesh.names if a in axes)
+    number = _numbers(axes, order, mesh)
+    return lax.ppermute(x, order, [(number[s], number[r]) for s, r in hop.pairs])
+
+
+def _numbers(axes: Sequence[str], order: Sequence[str], mesh: MeshShape) -> list[int]:
+    """Linear index along `order` of each linear index along `axes`: `ppermute` numbers devices in
+    mesh order, whatever the order of the axes it is given."""
+    grid = np.arange(axes_size(mesh, tuple(order)))
+    grid = grid.reshape([axis_size(mesh, a) for a in order])
+    return [int(i) for i in grid.transpose([order.index(a) for a in axes]).ravel()]
+
+
+def _joined(parts: Sequence[tuple[Hop, Any]], dim: int, width: int) -> Any:
+    """The parts side by side, where they have the same places on every device; else None."""
+    places = []
+    for hop, part in parts:
+        found = {hop.place[receiver] for _, receiver in hop.pairs}
+        if len(found) > 1:
+            return None
+        places.append((found.pop(), hop.length, part))
+    places.sort(key=lambda place: place[0])
+    end = 0
+    for start, length, _ in places:
+        if start != end:
+            return None
+        end += length
+    if end != width:
+        return None
+    return places[0][2] if len(places) == 1 else lax.concatenate([p for *_, p in places], dim)
+
+
+def _placed(
+    parts: Sequence[tuple[Hop, Any]], dim: int, width: int, out: Any, index: Any
+) -> Any:
+    """Every part written to its own place of `out`.
+
+    The margins take what reaches outside, and what a device that receives nothing would write.
+    Parts may overlap: they hold the same elements there.
+    """
+    margin = max((hop.length for hop, _ in parts), default=0)
+    widths = [(margin, margin, 0) if d == dim else (0, 0, 0) for d in range(out.ndim)]
+    out = lax.pad(out, jnp.zeros((), out.dtype), widths)
+    for hop, part in parts:
+        receivers = {receiver for _, receiver in hop.pairs}
+        at = [p + margin if i in receivers else 0 for i, p in enumerate(hop.place)]
+        out = lax.dynamic_update_slice_in_dim(out, part, _pick(at, index), dim)
+    return lax.slice_in_dim(out, margin, margin + width, axis=dim)
+
+
+def _masked(x: Any, dim: int, size: int, starts: Sequence[int], index: Any, fill: Any) -> Any:
+    """`fill` wherever the global place is outside of [0, size)."""
+    at = lax.broadcasted_iota(jnp.int32, x.shape, dim) + _pick(starts, index)
+    return jnp.where((at >= 0) & (at < size), x, fill)
+
+
+def _pick(table: Sequence[int], index: Any) -> Any:
+    """This device's entry; no lookup where the entries form a line."""
+    steps = {b - a for a, b in zip(table, table[1:], strict=False)}
+    if len(steps) <= 1:
+        return jnp.int32(table[0]) + index * jnp.int32(steps.pop() if steps else 0)
+    return jnp.asarray(np.asarray(table, np.int32))[index]
