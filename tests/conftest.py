@@ -17,7 +17,7 @@ from spmd.simulate import simulate  # noqa: E402
 
 NUM_DEVICES = 8
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-TIERS = ("conformance", "device", "multihost")
+TIERS = ("device", "multihost")  # tests of tests/<tier> are marked with it
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

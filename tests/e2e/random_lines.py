@@ -4,7 +4,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from tests.e2e.random_case import MAX_ELEMENTS, Skip, Writer, first_of
+from tests.e2e.random_case import MAX_ELEMENTS, Skip, Writer, first_of, function
+from tests.e2e.random_numeric import convolve, edges, matrices, ragged, window
 
 
 def unary(w: Writer) -> None:
@@ -301,11 +302,6 @@ def carried(sub: Writer, name: str) -> str:
     return text
 
 
-def function(name: str, params: str, lines: list[str], result: str) -> str:
-    body = "".join("    " + line.replace("\n", "\n    ") + "\n" for line in lines)
-    return f"def {name}({params}):\n{body}    return {result}\n"
-
-
 def loop(w: Writer) -> None:
     c = w.real()
     kind = w.rng.choice(("scan", "scan", "scan", "fori", "while"))
@@ -360,6 +356,7 @@ def nested(w: Writer) -> None:
 
 
 KINDS = (
+    convolve, window, matrices, edges, ragged,
     unary, unary, binary, binary, binary, divide, compare, integers, logic, to_half, reduction,
     reduction, reduction, softmax, arg, reshape, reshape, transpose, broadcast, squeeze, join, cut,
     pad, contract, contract, contract, iota, cumulate, order, index, index, dynamic, scalar, noise,

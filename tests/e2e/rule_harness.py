@@ -21,18 +21,23 @@ from sharding.program import Op, build
 from sharding.rule import Kind, Rule
 from sharding.spec import Layout
 from spmd.partition.apply import apply, linear_index
-from spmd.partition.choose import Tensor, makes, needs
+from spmd.partition.choose import Tensor, _legal, makes, needs
 from spmd.partition.local import LocalView
 from spmd.partition.plan import Assignment, Compute, Key
 from spmd.partition.reshard import plan
 
 MESH = MeshShape((("x", 2), ("y", 4)))
 DRAWS = 10  # assignments per equation
+# Compiling takes most of the time.
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def assignments(rule: Rule, adds: bool) -> list[Assignment]:
     """Every factor over y; then a sample of all ways to give x and y to factors or carry x."""
-    free = [name for name, factor in rule.factors.items() if factor.kind is not Kind.FIXED]
+    free = [
+        name for name, factor in rule.factors.items()
+        if factor.kind is not Kind.FIXED and rule.where[name]
+    ]
     found = [Assignment(((name, ("y",)),)) for name in free]
     more = [Assignment(((a, ("x",)), (b, ("y",)))) for a in free for b in free if a != b]
     more += [Assignment(((name, axes),)) for name in free for axes in (("x", "y"), ("y", "x"))]
@@ -41,6 +46,7 @@ def assignments(rule: Rule, adds: bool) -> list[Assignment]:
     rng.shuffle(more)
     if rule.linear and adds:
         found += carried[:3]
+    found, more = ([a for a in drawn if _legal(rule, a.axes, MESH)] for drawn in (found, more))
     return found + more[: max(4, DRAWS - len(found))]
 
 
@@ -129,7 +135,7 @@ def run(op: Op, operands: Sequence[Any], drawn: Sequence[Assignment]) -> list[li
         return jax.tree.map(lambda x: jnp.expand_dims(x, 0), found)
 
     body = jax.shard_map(every, mesh=mesh, in_specs=P(), out_specs=P(("x", "y")), check_vma=False)
-    return jax.jit(body)(*operands)
+    return jax.jit(body, compiler_options=FAST)(*operands)
 
 
 def check_rules(fun: Callable, *args: Any, names: str, exact: bool = True) -> None:

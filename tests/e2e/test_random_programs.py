@@ -1,30 +1,22 @@
 """Random programs on random meshes against the unsharded program.
 
-A seed makes a program as source text, so that a failure prints what to run, and can be reduced line
-by line. `RANDOM_PROGRAMS=first:last pytest -m slow tests/e2e/test_random_programs.py` runs others;
-`python -m tests.e2e.test_random_programs first last` runs, reduces and prints every failure.
+Hypothesis draws a program as source text, so that a failure prints what to run, and is shrunk.
+`python -m tests.e2e.random_run` runs as many as one likes.
 """
 
-import os
 import random
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import pytest
-
-if __name__ == "__main__":
-    os.environ.setdefault("SPMD_VERIFY", "1")
-    from spmd.simulate import simulate
-
-    simulate(8)
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
 
 from sharding import shard
 from sharding.errors import ShardingWarning
@@ -35,13 +27,12 @@ from tests.oracle import P, check, draw_spec, make_mesh
 MESHES = ({"x": 8}, {"x": 2, "y": 4}, {"x": 2, "y": 2, "z": 2}, {"x": 3}, {"x": 3, "y": 2})
 
 
-def draw(seed: int) -> Case:
-    """The program of a seed."""
-    rng = random.Random(seed)
+def draw(rng: random.Random) -> Case:
+    """A random program with its arguments, mesh and shardings."""
     mesh = rng.choice(MESHES)
     axes = tuple(mesh)
     w = Writer(rng, axes, kinds=KINDS)
-    numbers = np.random.default_rng(seed)
+    numbers = np.random.default_rng(rng.randrange(1 << 30))
     inputs: dict[str, Any] = {}
     for _ in range(rng.randint(1, 4)):
         shape = tuple(w.size() for _ in range(rng.choice((0, 1, 2, 2, 3))))
@@ -50,7 +41,7 @@ def draw(seed: int) -> Case:
         inputs[name] = numbers.integers(-3, 4, shape).astype(dtype)
         w.scope[name] = jax.ShapeDtypeStruct(shape, dtype)
         w.exact.add(name)
-    for _ in range(rng.randint(8, 40)):
+    for _ in range(rng.randint(5, 40)):
         w.step()
     lines = tame_lines(w.lines, inputs)
     made = [n for names, _ in lines for n in names] or list(inputs)
@@ -124,18 +115,15 @@ def smaller(case: Case) -> Iterator[Case]:
         yield replace(case, out_specs=(None,) * len(case.out_specs))
 
 
-def seeds(default: str) -> range:
-    first, last = os.environ.get("RANDOM_PROGRAMS", default).split(":")
-    return range(int(first), int(last))
-
-
-@pytest.mark.parametrize("seed", range(24))
-def test_random_program(seed: int) -> None:
-    case = draw(seed)
-    try:
-        case.run()
-    except Exception as error:
-        raise AssertionError(f"seed {seed}\n{case}") from error
+@settings(
+    max_examples=24, deadline=None, derandomize=True, database=None,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+@given(st.randoms(use_true_random=False))
+def test_random_programs(rng: random.Random) -> None:
+    case = draw(rng)
+    note(str(case))
+    case.run()
 
 
 # Failures that random programs have found, reduced.
@@ -163,28 +151,3 @@ def test_single_update_outside_of_a_shard_that_was_sliced_off() -> None:
     x = np.arange(8, dtype=np.float32)
     for i in range(8):
         check(f, (x, np.array([i])), make_mesh(y=2), (P(), P()), P("y"), 0.0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", seeds("1000:1400"))
-def test_more_random_programs(seed: int) -> None:
-    test_random_program(seed)
-
-
-def main(first: int, last: int) -> None:
-    for seed in range(first, last):
-        print(f"seed {seed}", flush=True)
-        try:
-            case = draw(seed)
-        except Exception as error:
-            print(f"GENERATOR {seed}: {type(error).__name__} {str(error)[:300]}", flush=True)
-            continue
-        failure = outcome(case)
-        if failure:
-            print(f"FAILED {seed}: {failure}", flush=True)
-            if os.environ.get("REDUCE", "1") == "1":
-                print(reduce_case(case, failure), flush=True)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -179,10 +179,12 @@ def test_a_rule_without_an_arrow() -> None:
     )
 
 
-def test_a_callback_has_no_rule_to_suggest() -> None:
+def test_a_primitive_of_scalars_has_no_rule_to_suggest() -> None:
+    scalar_p = Primitive("scalar")
+    scalar_p.def_abstract_eval(lambda x: x)
+
     def f(x):
-        jax.debug.print("sum {}", x.sum())
-        return x
+        return scalar_p.bind(x.sum())
 
     text = message(RuleError, lambda: spmd.jit(f, mesh=MESH).trace(X))
     assert text.endswith('  fix: accept the cost with fallback="replicate"')
