@@ -5,6 +5,7 @@ Without arguments: eight simulated devices, and the text of Python's own standar
     python train.py
     python train.py --parallelism tensor_sequence --mesh data=2,tensor=4 --num-kv-heads 4
     python train.py --config run.toml --checkpoint-dir runs/a --resume must
+    python train.py --aot v5p:4x4x4 --mesh fsdp=16,tensor=4 --num-kv-heads 4 --batch 64
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from sharding.errors import Problem, SpmdError
+from sharding.errors import MeshError, Problem, SpmdError
+from spmd.ahead.compile import aot_partitioned
+from spmd.ahead.libtpu import described_mesh
+from spmd.hardware import Machine
 from spmd.simulate import simulate
 from training.checkpoint import Checkpoints, identity
 from training.cli import parse
@@ -29,6 +33,7 @@ from training.loop import Loop
 from training.program import Plan, make_mesh, plan
 from training.report import print_config, print_plan
 from training.sample import sample
+from training.throughput import flops_per_token
 from training.validate import resolve_mesh, validate
 
 
@@ -40,6 +45,8 @@ def main(argv: list[str]) -> int:
     checkpoints = None
     try:
         run, mesh_sizes = configure(argv)
+        if run.mesh.aot:
+            return compile_ahead(console, run, mesh_sizes)
         corpus = load_corpus(run.data)
         print_config(console, run, corpus)
         checkpoints = Checkpoints(Path(run.checkpoint.checkpoint_dir), run.checkpoint.keep)
@@ -75,13 +82,19 @@ def configure(argv: list[str]) -> tuple[RunConfig, dict[str, int]]:
     run, problems = parse(argv)
     simulate(max(run.mesh.devices, 1))
     devices = jax.device_count()
+    if run.mesh.aot:
+        try:
+            devices = Machine.parse(run.mesh.aot).devices
+        except MeshError as error:
+            problems += error.problems
     problems += validate(run, devices)
     if problems:
         raise ConfigError(*problems)
     sizes = resolve_mesh(run, devices)
     model, checkpoint = run.model, run.checkpoint
     if model.dtype == "auto":
-        on_cpu = jax.default_backend() == "cpu"  # which has no bfloat16 arithmetic of its own
+        # A CPU has no bfloat16 arithmetic of its own.
+        on_cpu = not run.mesh.aot and jax.default_backend() == "cpu"
         model = dataclasses.replace(model, dtype="float32" if on_cpu else "bfloat16")
     if not checkpoint.checkpoint_dir:
         folder = time.strftime("runs/%Y%m%d-%H%M%S")
@@ -89,6 +102,27 @@ def configure(argv: list[str]) -> tuple[RunConfig, dict[str, int]]:
     shown = ",".join(f"{name}={size}" for name, size in sizes.items())
     mesh = dataclasses.replace(run.mesh, mesh=shown, devices=devices)
     return dataclasses.replace(run, mesh=mesh, model=model, checkpoint=checkpoint), sizes
+
+
+def compile_ahead(console: Console, run: RunConfig, mesh_sizes: dict[str, int]) -> int:
+    """Compiles the step for `--aot`, and prints what the TPU compiler says about it.
+
+    Returns:
+      0, or 1 when the step does not fit into the memory of a device.
+    """
+    mesh, layout = described_mesh(Machine.parse(run.mesh.aot), mesh_sizes)
+    with console.status("planning"):
+        planned = plan(run, mesh)
+    print_config(console, run)
+    print_plan(console, planned)
+    tokens = run.train.batch * run.data.sequence
+    flops = flops_per_token(run.model, run.data.sequence) * tokens
+    with console.status("compiling") as status:
+        found = aot_partitioned(
+            planned.partitioned, layout, model_flops=flops, progress=status.update
+        )
+    console.print(str(found), markup=False, highlight=False, soft_wrap=True)
+    return 0 if found.fits else 1
 
 
 def find_step(run: RunConfig, corpus: Corpus, checkpoints: Checkpoints) -> int | None:

@@ -35,7 +35,7 @@ import sharding
 import spmd
 from models.shardings import PARALLELISMS, Rules, default_mesh, rules_for
 from models.transformer import TransformerConfig
-from spmd.report.hlo import collectives_in_hlo, summarize
+from spmd.reporting.hlo import collectives_in_hlo, summarize
 from spmd.simulate import simulate
 from training.config import DataConfig, RunConfig, TrainConfig
 from training.state import init_state, train_step

@@ -16,6 +16,7 @@ from sharding.errors import RuleError as RuleError
 from sharding.errors import ShardingWarning as ShardingWarning
 from sharding.errors import SpecError as SpecError
 from sharding.errors import SpmdError as SpmdError
+from sharding.errors import StrictError as StrictError
 from sharding.errors import VerificationError as VerificationError
 from sharding.mesh import MeshShape as MeshShape
 from sharding.program import Program as Program
@@ -34,5 +35,5 @@ __all__ = [
     "ArgumentError", "ArgumentTypeError", "DimSharding", "DonationError", "Factor", "GatherError",
     "Kind", "Layout", "Local", "MeshError", "MeshShape", "P", "Priority", "Problem", "Program",
     "Propagated", "Rule", "RuleError", "Sharding", "ShardingWarning", "SpecError", "SpmdError",
-    "VerificationError", "constrain_with", "propagate", "register", "rule", "shard",
+    "StrictError", "VerificationError", "constrain_with", "propagate", "register", "rule", "shard",
 ]  # fmt: skip

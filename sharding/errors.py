@@ -60,6 +60,10 @@ class GatherError(SpmdError):
     """A program gathers sharded values, and `on_gather="error"` forbids that."""
 
 
+class StrictError(SpmdError):
+    """A program wastes memory or communication, and `strict=True` forbids that."""
+
+
 class VerificationError(SpmdError):
     """A stage produced a program that violates its own invariants: a defect of this project."""
 

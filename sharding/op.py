@@ -1,5 +1,6 @@
 """What a `Program` is made of: values, equations, and the regions that hold them."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,6 +39,25 @@ class Value:
         return f"{self}: {type_text(self)}"
 
 
+# What `jax.checkpoint` calls the forward pass that it repeats, and names of JAX's own around it.
+_RECOMPUTED = "rematted_computation"
+_NOT_MODULES = frozenset(
+    (_RECOMPUTED, "checkpoint", "while", "body", "cond", "closed_call", "scan")
+)
+_TRANSFORMED = re.compile(r"\b(?:jvp|transpose|vmap|jit|pjit|remat|linearize)\(([^()]*)\)")
+
+
+def _module(stack: str) -> str:
+    before = ""
+    while before != stack:
+        before, stack = stack, _TRANSFORMED.sub(r"\1", stack)
+    parts: list[str] = []
+    for part in stack.split("/"):
+        if part and part not in _NOT_MODULES and part not in parts[-1:]:
+            parts.append(part)
+    return "/".join(parts)
+
+
 class Scope(NamedTuple):
     """What is around an operation.
 
@@ -45,11 +65,13 @@ class Scope(NamedTuple):
       caller: source line of the call that it was inlined from.
       manual: axes that the region it is in keeps to itself.
       axis_rules: those of the nested program that it comes from; None: those of the whole one.
+      stack: JAX's name stack of the calls and regions that it is in.
     """
 
     caller: str = ""
     manual: Manual | None = None
     axis_rules: Any = None
+    stack: str = ""
 
     def inside(self, manual: Manual | None) -> "Scope":
         """Of a region in which axes become manual."""
@@ -87,6 +109,22 @@ class Op:
         """`file.py:line (function)` in the user's code; of the call it was inlined from where the
         equation itself was traced in a library."""
         return _jax.source_of(self.eqn) or self.scope.caller
+
+    @property
+    def stack(self) -> str:
+        """JAX's name stack, outermost first: `jvp(Model)/layer0/up`. Modules, `jax.named_scope` and
+        transformations write it."""
+        return "/".join(filter(None, (self.scope.stack, _jax.name_stack_of(self.eqn))))
+
+    @cached_property
+    def module(self) -> str:
+        """The name stack without transformations: `Model/layer0/up`, forward and backward."""
+        return _module(self.stack)
+
+    @property
+    def recomputed(self) -> bool:
+        """Whether remat computes again here what the forward pass had computed."""
+        return _RECOMPUTED in self.stack
 
     @cached_property
     def rule(self) -> Rule:

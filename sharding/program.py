@@ -140,6 +140,7 @@ class _Builder:
                 inner = scope._replace(
                     caller=_jax.source_of(eqn) or scope.caller,
                     axis_rules=inline.axis_rules(eqn.params, scope.axis_rules),
+                    stack=_below(scope, eqn),
                 )
                 outputs = self.equations(body, inputs, ops, consts, inner)
             env.update(zip(eqn.outvars, outputs, strict=True))
@@ -168,7 +169,9 @@ class _Builder:
             )
         outputs = self.append(eqn.primitive, eqn.params, eqn, inputs, avals, ops, scope)
         if control is not None:
-            inner = scope.inside(control.manual(eqn.params))._replace(caller=ops[-1].source)
+            inner = scope.inside(control.manual(eqn.params))._replace(
+                caller=ops[-1].source, stack=_below(scope, eqn)
+            )
             with _jax.tracing_context(eqn):
                 bodies = control.bodies(eqn.params)
             ops[-1].regions = tuple(self.region(body, [], inner) for body in bodies)
@@ -197,6 +200,11 @@ class _Builder:
             value.op = op
         ops.append(op)
         return outputs
+
+
+def _below(scope: Scope, eqn: Any) -> str:
+    """The name stack inside of an equation."""
+    return "/".join(filter(None, (scope.stack, _jax.name_stack_of(eqn))))
 
 
 def value_bytes(value: Value) -> int:

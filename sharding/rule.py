@@ -43,6 +43,13 @@ class Factor(NamedTuple):
 Dims = tuple[tuple[str, ...], ...]
 
 
+class Gathered(NamedTuple):
+    """Why a `local` function gathers operands along a factor, and what avoids it."""
+
+    why: str
+    remedy: str = ""
+
+
 class Local(Protocol):
     """What a `local` function may ask of the partitioner. Implemented in `spmd/partition`."""
 
@@ -83,7 +90,15 @@ class Local(Protocol):
         ...
 
     def all_gather(self, x: Any, axes: tuple[str, ...], dim: int) -> Any:
-        """Shards along `axes` concatenated on `dim`."""
+        """Shards along `axes` concatenated on `dim`: partial results, not whole operands."""
+        ...
+
+    def gathers(self, factor: str) -> bool:
+        """Whether `Rule.gathers` says so."""
+        ...
+
+    def whole(self, x: Any, factor: str, dim: int) -> Any:
+        """`x` gathered along `factor`, its dim `dim`, without padding: if `gathers` says so."""
         ...
 
     def all_reduce(self, x: Any, axes: tuple[str, ...], monoid: str = "add") -> Any:
@@ -146,6 +161,8 @@ class Rule:
       local: what plain re-binding at local shapes cannot do.
       local_when: factors whose sharding calls for `local`; None: any of them.
       always: `local` is called whatever is sharded.
+      gathers: number of shards per sharded factor -> factors along which `local` gathers operands
+        whole, because every other way would send more. The plan reports them as it does FIXED ones.
       identity: the operand is the result: nothing is bound.
       alone: factor -> factors that must not be sharded with it. Such a factor comes first in dims
         of several: it stands for the whole dim, and is used where the others cannot express a
@@ -168,6 +185,7 @@ class Rule:
     local: Callable[..., Sequence[Any]] | None = None
     local_when: frozenset[str] | None = None
     always: bool = False
+    gathers: Callable[[Mapping[str, int]], Mapping[str, Gathered]] = lambda shards: {}
     identity: bool = False
     alone: Mapping[str, frozenset[str]] = field(default_factory=dict)
     divided: frozenset[str] = frozenset()

@@ -1,7 +1,9 @@
 """The program's boundary: what JAX can express there, and what was done where it cannot.
 
 JAX wants even shards of whole mesh axes for arguments and results. A dim keeps the largest prefix
-of its axes that divides it evenly; inside the program it is padded and sharded in full.
+of its axes that divides it evenly; inside the program it is padded and sharded in full. An array
+without elements is held whole: XLA replicates it whatever it is told, and `jax.jit` with
+`out_shardings` gives an array that cannot be read.
 """
 
 from collections.abc import Sequence
@@ -23,9 +25,9 @@ def boundary_layout(
     dims = []
     diagnostics = []
     for d, dim in enumerate(sharding.dims):
-        axes = even_prefix(dim.axes, value.shape[d], mesh)
+        axes = () if 0 in value.shape else even_prefix(dim.axes, value.shape[d], mesh)
         dims.append(axes)
-        if axes != dim.axes:
+        if axes != dim.axes and 0 not in value.shape:
             diagnostics.append(_shortened(value, d, dim.axes, axes, mesh))
     return Layout(tuple(dims)), diagnostics
 
@@ -34,7 +36,7 @@ def even_prefix(axes: tuple[str, ...], n: int, mesh: MeshShape) -> tuple[str, ..
     """The longest prefix of whole axes whose product divides n."""
     kept: tuple[str, ...] = ()
     for axis in axes:
-        if n == 0 or ":" in axis or n % axes_size(mesh, (*kept, axis)):
+        if ":" in axis or n % axes_size(mesh, (*kept, axis)):
             break
         kept += (axis,)
     return kept
@@ -63,6 +65,8 @@ def partition_spec(layout: Layout) -> PartitionSpec:
 
 def even_spec(sharding: Sharding, shape: Sequence[int], mesh: MeshShape) -> PartitionSpec:
     """The PartitionSpec of what can be held evenly of a sharding."""
+    if 0 in shape:
+        return PartitionSpec()
     pairs = zip(sharding.dims, shape, strict=True)
     return partition_spec(Layout(tuple(even_prefix(d.axes, n, mesh) for d, n in pairs)))
 

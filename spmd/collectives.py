@@ -96,7 +96,7 @@ def _walk(jaxpr: Any, sizes: Mapping[str, int], trips: int) -> Iterator[Collecti
         bodies = [
             [*_walk(body, sizes, trips * _trips(control, eqn))] for body in _jax.subjaxprs(eqn)
         ]
-        if eqn.primitive is p.cond_p:
+        if control is not None and control.exclusive:
             bodies = [max(bodies, key=lambda b: sum(c.bytes for c in b))]
         for body in bodies:
             yield from body

@@ -11,10 +11,11 @@ from sharding.annotate import spec_of
 from sharding.errors import ArgumentError, ArgumentTypeError, MeshError, Problem
 from spmd import collectives
 from spmd.arguments import check_buffers, suspicious
+from spmd.inspection import Inspection
 
 
 @dataclass(frozen=True)
-class Lowered:
+class Lowered(Inspection):
     """A lowered program; `compile` binds it to the devices of the mesh.
 
     Attributes:
@@ -108,7 +109,7 @@ class Lowered:
 
 
 @dataclass(frozen=True)
-class Compiled:
+class Compiled(Inspection):
     """An executable; called like the function, with global arrays and without static arguments.
 
     Attributes:

@@ -43,6 +43,7 @@ def jit(
     inline: Any = False,
     fallback: str = "error",
     on_gather: str = "plan",
+    strict: bool = False,
     compiler_options: Any = None,
 ) -> Any:
     """Compiles `fun` into a partitioned program: `jax.jit`, with the sharding of every operation
@@ -65,6 +66,8 @@ def jit(
         whole on every device.
       on_gather: "plan": an operation that needs a sharded dim whole gets it gathered, with a
         diagnostic; "error": that is an error, which lists all of them.
+      strict: everything in `Partitioned.diagnostics` that costs a device 1 MiB or more is an
+        error, which lists all of it.
 
     Returns:
       A callable with the stages `.trace`, `.lower` (see `spmd.stages`).
@@ -75,12 +78,11 @@ def jit(
     """
     if fun is None:
         return functools.partial(
-            jit, mesh=mesh, axis_rules=axis_rules, in_shardings=in_shardings,
-            out_shardings=out_shardings, donate_argnums=donate_argnums,
-            donate_argnames=donate_argnames, static_argnums=static_argnums,
-            static_argnames=static_argnames, keep_unused=keep_unused, device=device,
-            backend=backend, inline=inline, fallback=fallback, on_gather=on_gather,
-            compiler_options=compiler_options,
+            jit, mesh=mesh, axis_rules=axis_rules, in_shardings=in_shardings, device=device,
+            out_shardings=out_shardings, donate_argnums=donate_argnums, strict=strict,
+            donate_argnames=donate_argnames, static_argnums=static_argnums, inline=inline,
+            static_argnames=static_argnames, keep_unused=keep_unused, backend=backend,
+            fallback=fallback, on_gather=on_gather, compiler_options=compiler_options,
         )  # fmt: skip
     _check_callable(fun)
     _check_choices(device, backend, fallback, on_gather)
@@ -91,7 +93,7 @@ def jit(
         None if mesh is None else checked_mesh(mesh), normalise_rules(axis_rules),
         tuple(in_shardings) if isinstance(in_shardings, list) else in_shardings, out_shardings,
         *donated_and_static, keep_unused, fallback, on_gather,
-        tuple((compiler_options or {}).items()),
+        tuple((compiler_options or {}).items()), bool(strict),
     )  # fmt: skip
     return Function(_referable(fun), options)
 
@@ -221,11 +223,11 @@ class _Family:
         check_concrete(options.mesh)
         executable = self.executable(arguments, options)
         try:
-            results, fast = executable.run(arguments)
+            results, fast, again = executable.run(arguments)
         except _jit.FloatingPointProblem as error:
             _jit.recheck_nans(error, self.fun, args, kwargs)
             raise
-        return results, fast, False
+        return results, fast, again
 
     def _bind(self, arguments: Arguments, options: Options) -> Any:
         """Inside of a transformation: the global program, as one call."""

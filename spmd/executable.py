@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 class Executable:
-    """One partitioned program; lowered and compiled when that is first asked for."""
+    """One partitioned program; lowered and compiled when that is first asked for, and again when it
+    was profiled often enough for `jax_enable_pgle`."""
 
     def __init__(self, partitioned: Partitioned):
         self.partitioned = partitioned
@@ -54,6 +55,24 @@ class Executable:
         return self.lowered.compile()
 
     @functools.cached_property
+    def profiler(self) -> Any:
+        return _jit.profiler()
+
+    @functools.cached_property
+    def _guided(self) -> Compiled:
+        """Compiled by what was seen in the profiled runs."""
+        return self.lowered.compile({"fdo_profile": self.profiler.consume_fdo_profile()})
+
+    def runnable(self) -> tuple[Compiled, bool]:
+        """What to run, and whether that stays so."""
+        with self._lock:
+            if self.profiler is None or not self.profiler.is_enabled():
+                return self._compiled, True
+            if self.profiler.consume_fdo_profile() is None:
+                return self._compiled, False
+            return self._guided, True
+
+    @functools.cached_property
     def shardings(self) -> list[NamedSharding]:
         """Of the flat arguments."""
         return self.partitioned.propagated.flat_in_shardings[len(self.traced.captured) :]
@@ -64,11 +83,12 @@ class Executable:
         pairs = zip(self.shardings, self.traced.arguments.avals, strict=True)
         return tuple(trimmed(spec_of(s, len(x.shape))) for s, x in pairs)
 
-    def run(self, arguments: Arguments) -> tuple[Any, Any]:
+    def run(self, arguments: Arguments) -> tuple[Any, Any, bool]:
         """Runs the program.
 
         Returns:
-          The result, and what the C++ dispatch needs for the next call like this (or None).
+          The result, what the C++ dispatch needs for the next call like this (or None), and whether
+          another program may run then.
 
         Raises:
           ArgumentError: arguments lie elsewhere than `in_shardings` says.
@@ -77,13 +97,16 @@ class Executable:
         self.check_places(arguments)
         leaves = self.placed(arguments)
         args, kwargs = jax.tree.unflatten(arguments.tree, leaves)
-        compiled = self.compiled.compiled
+        made, lasting = self.runnable()
+        compiled = made.compiled
+        if not lasting:
+            return _jit.profiled(self.profiler, lambda: compiled(*args, **kwargs)), None, True
         results = compiled(*args, **kwargs)
         if any(a is not b for a, b in zip(leaves, arguments.leaves, strict=True)):
-            return results, None
+            return results, None, False
         flat, tree = jax.tree.flatten(results)
         effects = self.traced.program.effects
-        return results, _jit.fast_call(compiled, tree, leaves, flat, effects)
+        return results, _jit.fast_call(compiled, tree, leaves, flat, effects), False
 
     def check_places(self, arguments: Arguments) -> None:
         """Raises ArgumentError when arguments lie elsewhere than `in_shardings` says, MeshError
@@ -95,8 +118,8 @@ class Executable:
         rows = zip(arguments.placed, arguments.names, self.moves(arguments), explicit, strict=True)
         problems = [
             _elsewhere(name, lies, wanted)
-            for lies, name, wanted, entry in rows
-            if entry is not None and wanted is not None
+            for (lies, name, wanted, entry), aval in zip(rows, arguments.avals, strict=True)
+            if entry is not None and wanted is not None and 0 not in aval.shape
         ]
         if problems:
             raise ArgumentError(*problems)

@@ -28,6 +28,7 @@ class Options:
     fallback: str = "error"
     on_gather: str = "plan"
     compiler_options: tuple[tuple[str, Any], ...] = ()
+    strict: bool = False
 
     @property
     def mesh_shape(self) -> MeshShape:
@@ -39,6 +40,7 @@ class Options:
             self.mesh, self.axis_rules, _flat(self.in_shardings), _flat(self.out_shardings),
             self.donate_argnums, self.donate_argnames, self.static_argnums, self.static_argnames,
             self.keep_unused, self.fallback, self.on_gather, self.compiler_options,
+            self.strict,
         )  # fmt: skip
 
     @cached_property

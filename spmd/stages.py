@@ -19,21 +19,25 @@ from sharding._jax import jit as _jit
 from sharding.errors import ShardingWarning
 from sharding.program import Program, Value, render
 from sharding.spec import Layout, Sharding
-from spmd import boundary, collectives, memory
+from spmd import boundary, collectives
 from spmd.annotations import Annotated
 from spmd.arguments import Arguments, output_names
 from spmd.compiled import Lowered
-from spmd.devices import automatic, under
+from spmd.devices import automatic, fuses_into_dots, under
+from spmd.estimate import liveness
+from spmd.inspection import Inspection
 from spmd.options import Options, sharding_of
 from spmd.partition.diagnose import forbid_gathers
+from spmd.partition.findings import diagnose, forbid_waste
 from spmd.partition.interpret import per_device
 from spmd.partition.plan import Diagnostic, ProgramPlan
 from spmd.partition.planner import make_plan
 from spmd.partition.verify import ENABLED, verify
+from spmd.reporting.stage import Reporting
 
 
 @dataclass(frozen=True)
-class Traced:
+class Traced(Reporting):
     """A traced program: global shapes, names, and the user's annotations.
 
     Attributes:
@@ -96,6 +100,14 @@ class Traced:
         return self.source.donate_argnums
 
     @property
+    def donated(self) -> list[bool]:
+        """Per input of the program, whether `donate_argnums` or `donate_argnames` covers it."""
+        if self.source is None:
+            return [False] * len(self.program.body.inputs)
+        flags = [a.donated for a in jax.tree.leaves(self.source.args_info)]
+        return [False] * len(self.captured) + flags
+
+    @property
     def out_avals(self) -> Any:
         return jax.tree.unflatten(self.out_tree, [v.aval for v in self.program.body.outputs])
 
@@ -125,7 +137,7 @@ class Traced:
 
 
 @dataclass(frozen=True)
-class Propagated:
+class Propagated(Inspection):
     """A traced program with a sharding for every value.
 
     Attributes:
@@ -215,14 +227,17 @@ class Propagated:
             verify(plan)
         if self.traced.options.on_gather == "error":
             forbid_gathers(plan.diagnostics)
-        return Partitioned(self, plan)
+        partitioned = Partitioned(self, plan)
+        if self.traced.options.strict:
+            forbid_waste(partitioned.diagnostics)
+        return partitioned
 
     def __str__(self) -> str:
         return str(self.result)
 
 
 @dataclass(frozen=True)
-class Partitioned:
+class Partitioned(Inspection):
     """A per-device program.
 
     Attributes:
@@ -287,13 +302,16 @@ class Partitioned:
     @cached_property
     def peak_memory(self) -> int:
         """Predicted peak bytes per device."""
-        return memory.peak_bytes(self.plan, donated(self.propagated.traced))
+        return liveness.peak_bytes(
+            self.plan, self.propagated.traced.donated, fuses_into_dots(self.options.mesh)
+        )
 
-    @property
+    @cached_property
     def diagnostics(self) -> tuple[Diagnostic, ...]:
-        """What was done that the annotations did not say, boundary first."""
+        """What was done that the annotations did not say, and what they leave undone: the
+        dearest first."""
         found = (*self.propagated._inputs[1], *self.propagated._outputs[1])
-        return (*found, *self.plan.diagnostics)
+        return diagnose(self.propagated.result, self.plan, found)
 
     @property
     def _avals(self) -> list[Any]:
@@ -311,7 +329,7 @@ class Partitioned:
     def jit_options(self) -> dict[str, Any]:
         """Arguments of `jax.jit` for the partitioned function of flat arguments."""
         propagated, given = self.propagated, self.propagated.traced.annotated
-        flags = [] if _jit.looks_for_nans() else donated(propagated.traced)
+        flags = [] if _jit.looks_for_nans() else propagated.traced.donated
         options: dict[str, Any] = {
             "compiler_options": dict(self.options.compiler_options) or None,
             "donate_argnums": tuple(i for i, d in enumerate(flags) if d),
@@ -367,11 +385,3 @@ def _stacklevel() -> int:
     while frame is not None and frame.f_code.co_filename.startswith(package):
         frame, level = frame.f_back, level + 1
     return level
-
-
-def donated(traced: Traced) -> list[bool]:
-    """Per input of the program, whether `donate_argnums` or `donate_argnames` covers it."""
-    if traced.source is None:
-        return [False] * len(traced.program.body.inputs)
-    arguments = jax.tree.leaves(traced.source.args_info)
-    return [False] * len(traced.captured) + [a.donated for a in arguments]

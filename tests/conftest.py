@@ -13,7 +13,14 @@ import pytest
 # The verifier between stages is on in every test; spmd reads this when it is imported.
 os.environ.setdefault("SPMD_VERIFY", "1")
 
+from spmd import stages  # noqa: E402
+from spmd.partition import verify  # noqa: E402
 from spmd.simulate import simulate  # noqa: E402
+
+# Where the package is installed, its pytest plugin has imported them before the line above.
+stages.ENABLED = verify.ENABLED = os.environ["SPMD_VERIFY"] not in ("", "0")
+
+pytest_plugins = ["spmd.pytest_plugin"]
 
 NUM_DEVICES = 8
 GOLDEN = pathlib.Path(__file__).parent / "golden"

@@ -28,12 +28,13 @@ def check(
     mesh: Mesh,
     in_shardings: Any = None,
     out_shardings: Any = None,
-    tolerance: float = 1e-5,
+    tolerance: float | Sequence[float] = 1e-5,
     **options: Any,
 ) -> spmd.Partitioned:
     """Asserts that the partitioned program gives what the unsharded one gives.
 
-    Floating results may differ by `tolerance` of the largest element; others must be equal.
+    Floating results may differ by `tolerance`, or that of each result, of the largest element;
+    others must be equal.
 
     Returns:
       The partitioned stage, for assertions about its collectives.
@@ -45,10 +46,10 @@ def check(
     partitioned = function.trace(*args).propagate().partition()
     got = function(*args)
     assert jax.tree.structure(got) == jax.tree.structure(want)
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
-    ):
-        assert_close(a, b, tolerance, f"result{jax.tree_util.keystr(path)}\n{partitioned}")
+    leaves = jax.tree_util.tree_leaves_with_path(got)
+    each = [tolerance] * len(leaves) if isinstance(tolerance, (int, float)) else tolerance
+    for (path, a), b, allowed in zip(leaves, jax.tree.leaves(want), each, strict=True):
+        assert_close(a, b, allowed, f"result{jax.tree_util.keystr(path)}\n{partitioned}")
     return partitioned
 
 

@@ -37,6 +37,9 @@ class MeshConfig:
     parallelism: str = option(
         "fsdp+tensor", "tables of models/shardings.py, joined by +, e.g. fsdp+tensor_sequence"
     )
+    aot: str = option(
+        "", "compile the step for this TPU topology, e.g. v5p:4x4x4, without a TPU, and stop"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,9 @@ from training.program import Plan
 __all__ = ["human_bytes", "print_config", "print_plan", "sharding_text"]
 
 
-def print_config(console: Console, run: RunConfig, corpus: Corpus) -> None:
-    """Every option with its resolved value; those that are not the default are marked."""
+def print_config(console: Console, run: RunConfig, corpus: Corpus | None = None) -> None:
+    """Every option with its resolved value, those that are not the default marked; and the text,
+    if one is read."""
     defaults = RunConfig()
     table = _table("configuration", "component", "options (* = not the default)")
     for component in dataclasses.fields(run):
@@ -32,6 +33,8 @@ def print_config(console: Console, run: RunConfig, corpus: Corpus) -> None:
         ]
         table.add_row(component.name, escape("  ".join(entries)))
     console.print(table)
+    if corpus is None:
+        return
     console.print(
         f"text: {len(corpus.train):,} bytes to train on, {len(corpus.validation):,} held out,"
         f" from {corpus.num_files:,} files of {corpus.source}",

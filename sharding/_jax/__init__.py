@@ -304,6 +304,11 @@ def source_of(eqn: Any) -> str:
     return f"{'/'.join(name[-2:])}:{frame.start_line} ({frame.function_name})"
 
 
+def name_stack_of(eqn: Any) -> str:
+    """The names that modules, `jax.named_scope` and transformations put around an equation."""
+    return str(eqn.source_info.name_stack)
+
+
 def at_source(eqn: Any) -> AbstractContextManager:
     """Equations traced inside carry the source line, name stack and context of `eqn`."""
     info = eqn.source_info

@@ -8,6 +8,7 @@ import jax
 from jax._src import api_util, config, core, traceback_util, tree_util, util
 from jax._src import mesh as _mesh
 from jax._src import pjit as _pjit
+from jax._src import profiler as _profiler
 from jax._src.array import ArrayImpl
 from jax._src.interpreters import pxla as _pxla
 from jax._src.lax import lax as _lax
@@ -66,6 +67,18 @@ def fast_call(
     return _pjit._get_fastpath_data(
         executable, out_tree, args, results, effects, (), None, executable.shard_const_args(consts)
     )
+
+
+def profiler() -> Any:
+    """Collects what XLA can recompile a program by (`jax_enable_pgle`); None where that is off."""
+    runs, percentile = config.pgle_profiling_runs.value, config.pgle_aggregation_percentile.value
+    return _profiler.PGLEProfiler(runs, percentile) if config.enable_pgle.value and runs else None
+
+
+def profiled(profiler: Any, run: Callable[[], Any]) -> Any:
+    """What `run` returns; it is watched to its end."""
+    with _profiler.PGLEProfiler.trace(profiler):
+        return jax.block_until_ready(run())
 
 
 def restructured(compiled: Any, consts: Sequence[Any], args_info: Any, out_tree: Any) -> Any:

@@ -135,7 +135,7 @@ def _ragged_dot_general(op: OpInfo) -> Rule:
         (_dims(names.left), _dims(names.right), _dims((*found.prefix, "sizes"))),
         (_dims(names.out),), factors,
         linear=((0,), (1,)) if _monoid(op) == "add" else (), flops=2,
-        local=_local_ragged, local_when=frozenset({found.ragged, "g"}),
+        local=_local_ragged, local_when=frozenset({found.ragged, "g", *found.prefix}),
     )  # fmt: skip
 
 
@@ -147,9 +147,8 @@ def _local_ragged(ctx: Local, op: OpInfo, lhs: Any, rhs: Any, sizes: Any) -> Seq
     for name in names.left:
         if name[0] == "k":
             lhs, rhs = ctx.mask(lhs, 0, name, 0), ctx.mask(rhs, 1, name, 0)
-    for name in found.prefix:  # no rows where they would be padding
-        if name[0] == "k":
-            sizes = ctx.mask(sizes, 2, name, 0)
+    for name in found.prefix:  # kernels need not expect sizes that make no sense
+        sizes = ctx.mask(sizes, 2, name, 0)
     dtype, dim = sizes.dtype, names.left.index(found.ragged)
     ends = jnp.cumsum(sizes.astype(jnp.int32), axis=-1)
     starts = ends - sizes.astype(jnp.int32)

@@ -189,6 +189,7 @@ register_control(
         inputs=_cond_inputs,
         outputs=_cond_outputs,
         build=_build_cond,
+        exclusive=True,
     ),
 )
 

@@ -1,7 +1,7 @@
 """Sorting and selection along a sharded dim."""
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
@@ -11,7 +11,7 @@ from jax import lax
 
 from sharding import _jax
 from sharding.monoid import identity
-from sharding.rule import Factor, Kind, Local, OpInfo, Rule, names, register
+from sharding.rule import Factor, Gathered, Kind, Local, OpInfo, Rule, names, register
 
 p = _jax.primitives
 
@@ -22,7 +22,9 @@ def _sort(op: OpInfo) -> Rule:
 
     The sorted dim is FIXED where its axes can go to another dim, which is one all-to-all. Where
     there is no other dim it passes: shards sort what they have, and then exchange whole blocks in
-    the rounds of a sorting network, of which each keeps the lower or the upper half.
+    the rounds of a sorting network, of which each keeps the lower or the upper half. That needs
+    the global index of elements whose order shows, and where it sends more than a gather would,
+    the dim is gathered.
     """
     shape, axis = op.in_avals[0].shape, op.params["dimension"]
     dims = names("d", len(shape))
@@ -34,33 +36,55 @@ def _sort(op: OpInfo) -> Rule:
     tensors = (tuple((d,) for d in dims),) * len(op.in_avals)
     return Rule(
         tensors, tensors, factors, local=_local_sort if alone else None,
-        local_when=frozenset({dims[axis]}),
+        local_when=frozenset({dims[axis]}), gathers=partial(_sort_gathers, op),
     )  # fmt: skip
+
+
+def _sort_gathers(op: OpInfo, shards: Mapping[str, int]) -> Mapping[str, Gathered]:
+    """The sorted dim, where that sends less than the sorting network."""
+    axis = op.params["dimension"]
+    factor, size = f"d{axis}", op.in_avals[0].shape[axis]
+    if factor not in shards or not size:
+        return {}
+    count, index = shards[factor], _index_dtype(op, shards[factor])
+    row = sum(a.dtype.itemsize for a in op.in_avals)
+    rounds, extra = len(network(count)), index.itemsize if index else 0
+    if rounds * (row + extra) <= (count - 1) * row:
+        return {}
+    wire = rounds * -(-size // count) * (row + extra)
+    kept = " that keep the order of equals" if extra else ""
+    why = f"{rounds} exchanges of blocks{kept} would send {wire:,} B"
+    unstable = "sort with stable=False (is_stable=False of jax.lax.sort), which exchanges blocks"
+    return {factor: Gathered(why, unstable if extra and rounds < count else "")}
+
+
+def _index_dtype(op: OpInfo, shards: int) -> Any:
+    """Of the global index, where it has to decide between elements that compare as equal; or None.
+
+    In a network of two, neighbours merge in order. In a larger one equal elements overtake each
+    other.
+    """
+    if shards <= 2 or not op.params["is_stable"] or not _shows_ties(op):
+        return None
+    size = op.in_avals[0].shape[op.params["dimension"]]
+    return np.min_scalar_type(size + shards)  # shards end after the last element
 
 
 def _local_sort(ctx: Local, op: OpInfo, *xs: Any) -> Sequence[Any]:
     """By a sorting network, where that sends no more than gathering the dim would."""
     axis = op.params["dimension"]
-    factor, size = f"d{axis}", op.in_avals[0].shape[axis]
-    if not size:
+    factor = f"d{axis}"
+    if not op.in_avals[0].shape[axis]:
         return xs
-    shards = ctx.shards(factor)
-    # In a network of two, neighbours merge in order. In a larger one equal elements overtake each
-    # other, so that their global index has to decide.
-    indexed = shards > 2 and op.params["is_stable"] and _shows_ties(op)
-    row = sum(x.dtype.itemsize for x in xs)
-    rounds = network(shards)
-    if len(rounds) * (row + 4 * indexed) > (shards - 1) * row:
-        whole = [ctx.all_gather(x, ctx.axes(factor), axis) for x in xs]
-        out = ctx.bind(*(lax.slice_in_dim(x, 0, size, axis=axis) for x in whole))
+    if ctx.gathers(factor):
+        out = ctx.bind(*(ctx.whole(x, factor, axis) for x in xs))
         return [_own(ctx, x, axis, factor) for x in out]
-    keys = op.params["num_keys"]
-    if indexed:
-        index = lax.broadcasted_iota(jnp.uint32, xs[0].shape, axis)
-        index = index + ctx.offset(factor).astype(jnp.uint32)
-        xs, keys = (*xs[:keys], index, *xs[keys:]), keys + 1
-    out = list(_merged(ctx, op, xs, keys, rounds))
-    if indexed:
+    keys, dtype = op.params["num_keys"], _index_dtype(op, ctx.shards(factor))
+    if dtype:
+        index = lax.broadcasted_iota(jnp.int32, xs[0].shape, axis) + ctx.offset(factor)
+        xs, keys = (*xs[:keys], index.astype(dtype), *xs[keys:]), keys + 1
+    out = list(_merged(ctx, op, xs, keys, network(ctx.shards(factor))))
+    if dtype:
         del out[keys - 1]
     return out
 
@@ -158,18 +182,26 @@ def _top_k(op: OpInfo) -> Rule:
     rule = _selection(op, axis, Kind.PASS if few else Kind.FIXED)
     return Rule(
         rule.operands, rule.results, rule.factors, local=_local_top_k,
-        local_when=frozenset({f"d{axis}"}),
+        local_when=frozenset({f"d{axis}"}), gathers=partial(_top_k_gathers, op),
     )  # fmt: skip
 
 
+def _top_k_gathers(op: OpInfo, shards: Mapping[str, int]) -> Mapping[str, Gathered]:
+    """The searched dim, where winners with their indices are more bytes than the shards."""
+    aval, axis, k = op.in_avals[0], op.params["axis"], op.params["k"]
+    factor, item = f"d{axis}", aval.dtype.itemsize
+    if factor not in shards or k * (item + 4) < -(-aval.shape[axis] // shards[factor]) * item:
+        return {}
+    return {factor: Gathered(f"{k} winners of each shard with their indices are no less")}
+
+
 def _local_top_k(ctx: Local, op: OpInfo, x: Any) -> Sequence[Any]:
-    """Where winners with their indices are more bytes than the shards, those are gathered."""
-    axis, k = op.params["axis"], op.params["k"]
+    """Of the winners of every shard, or of the whole dim where those are more."""
+    axis = op.params["axis"]
     factor = f"d{axis}"
+    if ctx.gathers(factor):
+        return ctx.bind(ctx.whole(x, factor, axis))
     axes, size, block = ctx.axes(factor), op.in_avals[0].shape[axis], x.shape[axis]
-    if k * (x.dtype.itemsize + 4) >= block * x.dtype.itemsize:
-        whole = ctx.all_gather(x, axes, axis)
-        return ctx.bind(lax.slice_in_dim(whole, 0, size, axis=axis))
     # Equal values are gathered in order of their global index, which is how top_k breaks ties;
     # padding never wins, as its indices come after those of every real element.
     stable = {"is_stable": True} if "is_stable" in op.params and size % block else {}

@@ -122,19 +122,20 @@ _REDUCE: dict[str, Callable] = {
 
 
 def _ordered(x: Any, nan_highest: bool) -> Any:
-    """Integers in the order of floats; any NaN is the highest of all, or the lowest."""
-    wide = x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)
-    nan = jnp.full_like(wide, jnp.nan)
-    wide = jnp.where(jnp.isnan(wide), nan if nan_highest else -nan, wide)
-    whole = jnp.int64 if wide.dtype.itemsize == 8 else jnp.int32
+    """Integers in the order of floats; any NaN is the highest of all, or the lowest. They are as
+    wide as the floats, of which those of 8 bits and less are in too many formats: 16."""
+    wide = x if x.dtype.itemsize >= 2 else x.astype(jnp.bfloat16)
+    whole = jnp.dtype(f"int{8 * wide.dtype.itemsize}")
     found = lax.bitcast_convert_type(wide, whole)
-    return jnp.where(found < 0, found ^ jnp.iinfo(whole).max, found)
+    found = jnp.where(found < 0, found ^ jnp.iinfo(whole).max, found)
+    limit = jnp.iinfo(whole).max if nan_highest else jnp.iinfo(whole).min
+    return jnp.where(jnp.isnan(wide), jnp.asarray(limit, whole), found)
 
 
 def _from_ordered(x: Any, dtype: Any) -> Any:
     """The inverse of `_ordered`."""
     x = jnp.where(x < 0, x ^ jnp.iinfo(x.dtype).max, x)
-    wide = jnp.float64 if x.dtype.itemsize == 8 else jnp.float32
+    wide = dtype if jnp.dtype(dtype).itemsize >= 2 else jnp.bfloat16
     return lax.bitcast_convert_type(x, wide).astype(dtype)
 
 

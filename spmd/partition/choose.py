@@ -84,6 +84,15 @@ def choose(
     return _choose(_Keyed(rule), operands, results, mesh)
 
 
+def weighed(
+    rule: Rule, operands: Sequence[Tensor], results: Sequence[Tensor], mesh: MeshShape
+) -> list[tuple[Assignment, float]]:
+    """What `choose` chooses among: every legal assignment with its cost, the cheapest first."""
+    found = dict.fromkeys(_candidates(rule, operands, results, mesh))
+    costs = [(a, _cost(rule, a, operands, results, mesh, float("inf"))) for a in found]
+    return sorted(costs, key=lambda pair: pair[1])
+
+
 class Alternatives(NamedTuple):
     """What an equation costs when it makes its result whole, and when it leaves it partial.
 

@@ -3,45 +3,97 @@
 from collections.abc import Sequence
 
 from sharding.errors import GatherError, Problem
+from sharding.mesh import MeshShape, axes_size
 from sharding.program import Op, Value, describe
 from sharding.rule import Kind
-from spmd.partition.plan import Diagnostic
-from spmd.partition.reshard import Plan
+from sharding.spec import Layout
+from spmd import cost
+from spmd.partition.plan import Assignment, Diagnostic, shards_of
+from spmd.partition.reshard import Plan, Step, local_bytes
+
+_ACCEPT = "keep it whole from the start, or accept this with on_gather='plan'"
 
 
-def gather(op: Op, value: Value, plan: Plan) -> Diagnostic | None:
+def gather(op: Op, value: Value, plan: Plan, mesh: MeshShape) -> Diagnostic | None:
     """Of a move that gathers a dim because the operation has no distributed form along it.
 
     None where no such dim is gathered.
     """
-    rule = op.rule
     places = [i for i, v in enumerate(op.inputs) if v is value]
-
-    def fixed(d: int) -> bool:
-        return any(rule.factors[f].kind is Kind.FIXED for i in places for f in rule.operands[i][d])
-
-    steps = [s for s in plan.steps if s.kind == "all_gather" and fixed(s.dim)]
+    gathers = [s for s in plan.steps if s.kind == "all_gather"]
+    if op.control is not None:
+        looped = any(port.stacked and port.outer in places for port in op.in_ports)
+        steps = [s for s in gathers if looped and s.dim == 0]
+        free = list(range(1, value.rank))
+    else:
+        steps = [s for s in gathers if any(_needs_whole(op, i, s, mesh) for i in places)]
+        free = _free(op, places[0])
     if not steps:
         return None
     wire = sum(step.bytes for step in steps)
     dims = sorted({step.dim for step in steps})
     axes = "+".join(dict.fromkeys(a for step in steps for a in step.axes))
-    free = [
-        d for d, names in enumerate(rule.operands[places[0]])
-        if names and value.shape[d] > 1 and all(rule.factors[f].kind is Kind.PASS for f in names)
-    ]
-    remedy = (
-        f"shard {_dims(free, value)} instead, along which it runs in parts"
-        if free else "keep it whole from the start, or accept this with on_gather='plan'"
-    )
     text = (
         f"{op.primitive.name} needs {_dims(dims, value)} whole: gathered over {axes}, "
         f"{wire:,.0f} B per device"
     )
-    return Diagnostic("gather", describe(value), text, wire, op.source, remedy)
+    return Diagnostic("gather", describe(value), text, wire, op.source, _remedy(free, value))
 
 
-def _dims(dims: list[int], value: Value) -> str:
+def own_gathers(
+    op: Op, assignment: Assignment, operands: Sequence[Layout], mesh: MeshShape
+) -> list[Diagnostic]:
+    """Of what the `local` function gathers by itself, an entry per operand."""
+    if op.rule.local is None:
+        return []
+    shards = shards_of(assignment, mesh)
+    found = []
+    for name, said in op.rule.gathers(shards).items():
+        for t, d in op.rule.where[name]:
+            if t >= len(operands):
+                continue
+            value = op.inputs[t]
+            here = local_bytes(operands[t], value.shape, value.dtype.itemsize, mesh)
+            wire = cost.all_gather(here * shards[name], shards[name])
+            axes = "+".join(assignment.axes[name])
+            text = (
+                f"{op.primitive.name} gathers {_dims([d], value)} over {axes}, {wire:,.0f} B per "
+                f"device: {said.why}"
+            )
+            remedy = said.remedy or _remedy(_free(op, t, name), value)
+            found.append(Diagnostic("gather", describe(value), text, wire, op.source, remedy))
+    return found
+
+
+def _needs_whole(op: Op, operand: int, step: Step, mesh: MeshShape) -> bool:
+    """Whether the operation has no distributed form along the gathered dim, or none over shards
+    that are not even."""
+    rule, shards = op.rule, axes_size(mesh, step.axes)
+    return any(
+        rule.factors[f].kind is Kind.FIXED
+        or (f in rule.even and rule.factors[f].size % shards != 0)
+        for f in rule.operands[operand][step.dim]
+    )
+
+
+def _free(op: Op, operand: int, searched: str = "") -> list[int]:
+    """Dims of an operand along which the operation runs in parts."""
+    rule = op.rule
+    return [
+        d for d, names in enumerate(rule.operands[operand])
+        if names and searched not in names
+        and all(rule.factors[f].kind is Kind.PASS for f in names)
+    ]
+
+
+def _remedy(free: Sequence[int], value: Value) -> str:
+    free = [d for d in free if value.shape[d] > 1]
+    if not free:
+        return _ACCEPT
+    return f"shard {_dims(free, value)} instead, along which it runs in parts"
+
+
+def _dims(dims: Sequence[int], value: Value) -> str:
     """`dim 1 (of 32)`, or several of them."""
     return " and ".join(f"dim {d} (of {value.shape[d]})" for d in dims)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from sharding import _jax
 from sharding.mesh import MeshShape
+from sharding.program import Value
 from spmd.partition.apply import apply
 from spmd.partition.local import LocalView
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
@@ -30,27 +31,32 @@ def _region(region: RegionPlan, args: Sequence[Any]) -> list[Any]:
 
     def read(key: Key) -> Any:
         if key.value.const is not None and (key.value.id, key.layout) not in env:
-            return _constant(key)
+            return constant(key.value)
         return env[key.value.id, key.layout]
 
     for value, layout, arg in zip(region.region.inputs, region.inputs, args, strict=True):
         env[value.id, layout] = arg
     for instruction in region.code:
-        if isinstance(instruction, Move):
-            x = read(Key(instruction.value, instruction.src))
-            # At the boundary no operation asks for it: it belongs to the one that made the value.
-            with _at(instruction.reason or instruction.value.op):
-                x = apply(
-                    instruction.plan.steps, x, instruction.src, instruction.value.shape, mesh
-                )
-            env[instruction.value.id, instruction.dst] = x
-            continue
-        with _at(instruction.op):
-            results = _compute(instruction, mesh, [read(key) for key in instruction.operands])
-        for key, x in zip(instruction.results, results, strict=True):
-            check_local_shape(key, x, instruction, mesh)
+        for key, x in execute(instruction, mesh, read):
             env[key.value.id, key.layout] = x
     return [read(key) for key in region.outputs]
+
+
+def execute(
+    instruction: Move | Compute, mesh: MeshShape, read: Callable[[Key], Any]
+) -> list[tuple[Key, Any]]:
+    """What one instruction makes of the local arrays that `read` gives."""
+    if isinstance(instruction, Move):
+        value, src, dst = instruction.value, instruction.src, instruction.dst
+        # At the boundary no operation asks for it: it belongs to the one that made the value.
+        with _at(instruction.reason or value.op):
+            x = apply(instruction.plan.steps, read(Key(value, src)), src, value.shape, mesh)
+        return [(Key(value, dst), x)]
+    with _at(instruction.op):
+        results = _compute(instruction, mesh, [read(key) for key in instruction.operands])
+    for key, x in zip(instruction.results, results, strict=True):
+        check_local_shape(key, x, instruction, mesh)
+    return list(zip(instruction.results, results, strict=True))
 
 
 def _compute(instruction: Compute, mesh: MeshShape, operands: Sequence[Any]) -> Sequence[Any]:
@@ -65,8 +71,9 @@ def _compute(instruction: Compute, mesh: MeshShape, operands: Sequence[Any]) -> 
         return op.control.build(op.params, bodies, operands)
 
 
-def _constant(key: Key) -> Any:
-    value, x = key.value, key.value.const
+def constant(value: Value) -> Any:
+    """A literal or constant of the program, whole."""
+    x = value.const
     if isinstance(x, np.ndarray):
         x = x.view()  # one of its own: JAX's literals remember the mesh that they were made under
     if value.rank or not hasattr(x, "dtype"):

@@ -6,9 +6,9 @@ checked (`verify`), printed, and then carried out (`interpret`).
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sharding.mesh import MeshShape
+from sharding.mesh import MeshShape, axes_size
 from sharding.program import Op, Program, Region, Value, describe
 from sharding.rule import Rule
 from sharding.spec import Layout
@@ -31,6 +31,11 @@ class Assignment(NamedTuple):
         return dict(self.factors)
 
 
+def shards_of(assignment: Assignment, mesh: MeshShape) -> dict[str, int]:
+    """Number of shards per sharded factor."""
+    return {name: axes_size(mesh, axes) for name, axes in assignment.factors if axes}
+
+
 class Key(NamedTuple):
     """A value in one layout: what instructions read and write."""
 
@@ -51,14 +56,21 @@ class Move:
 
 @dataclass(frozen=True)
 class Compute:
-    """One equation at local shapes, or a control-flow op around its planned regions."""
+    """One equation at local shapes, or a control-flow op around its planned regions.
+
+    Attributes:
+      unread: per result; empty: all are read.
+      asked: operands and results that cost chose the assignment for (`choose.Tensor`s); empty
+        where there was nothing to choose.
+    """
 
     op: Op
     assignment: Assignment
     operands: tuple[Key, ...]
     results: tuple[Key, ...]
     regions: tuple["RegionPlan", ...] = ()
-    unread: tuple[bool, ...] = ()  # per result; empty: all are read
+    unread: tuple[bool, ...] = ()
+    asked: tuple[Any, ...] = ()
 
     @property
     def rule(self) -> Rule | None:
@@ -88,15 +100,19 @@ class RegionPlan:
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """Something the partitioner did that the user may not expect.
+    """Something the partitioner did that the user may not expect, or that annotations leave undone.
 
     Attributes:
-      kind: boundary (uneven argument or result), gather.
-      value: what it happened to, as its user knows it.
+      kind: boundary (uneven argument or result), gather (an operation needs a dim whole),
+        replicated (a large value is whole everywhere), padded, reduced early (in each step of a
+        loop), unused axis, conflict (two dims wanted one axis).
+      value: what it happened to, as its user knows it; an axis.
       text: what was done and what it costs.
-      bytes: gather: wire bytes per device; boundary: bytes held per device.
+      bytes: gather, reduced early, conflict: wire bytes per device and call; boundary: bytes held
+        per device; others: of those, the bytes held for nothing.
       source: source line of the operation.
       remedy: what avoids it.
+      stated: the annotations themselves ask for it.
     """
 
     kind: str
@@ -105,11 +121,12 @@ class Diagnostic:
     bytes: float = 0.0
     source: str = ""
     remedy: str = ""
+    stated: bool = False
 
     def __str__(self) -> str:
-        at = f" at {self.source}" if self.source else ""
+        at = f" at {self.source}" if self.source and self.source not in self.value else ""
         remedy = f"; {self.remedy}" if self.remedy else ""
-        return f"{self.kind}: {self.value}: {self.text}{remedy}{at}"
+        return f"{self.kind}: {self.value}: {self.text}{at}{remedy}"
 
 
 @dataclass(frozen=True)

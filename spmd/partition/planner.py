@@ -46,18 +46,26 @@ def make_plan(
       in_layouts: boundary layouts of the arguments, on the mesh of `propagated`.
       out_layouts: the same for the results.
     """
-    mesh = refined_mesh(propagated)
-    planner = _Planner(propagated, mesh)
-    ins = [planner.refine(layout) for layout in in_layouts]
-    outs = [planner.refine(layout) for layout in out_layouts]
-    body = planner.region(propagated.program.body, mesh, ins, outs)
-    return ProgramPlan(propagated.program, mesh, body, tuple(planner.diagnostics))
-
-
-def refined_mesh(propagated: Propagated) -> MeshShape:
-    """The mesh on which every sub-axis in use is an axis."""
     refs = {a for s in set(propagated.shardings) for d in s.dims for a in d.axes if ":" in a}
-    return refine(propagated.mesh, refs)
+    while True:
+        mesh = refine(propagated.mesh, refs)
+        planner = _Planner(propagated, mesh)
+        ins = [planner.refine(layout) for layout in in_layouts]
+        outs = [planner.refine(layout) for layout in out_layouts]
+        body = planner.region(propagated.program.body, mesh, ins, outs)
+        more = _sub_axes(body)
+        if not more:
+            return ProgramPlan(propagated.program, mesh, body, tuple(planner.diagnostics))
+        refs |= more
+
+
+def _sub_axes(body: RegionPlan) -> set[str]:
+    """Sub-axes that a plan uses and that are no axes of its mesh: a decision split an axis that
+    propagation had not split, so the plan has to be made again on a finer mesh."""
+    known = {a for a, _ in (*body.mesh.axes, *body.mesh.manual)}
+    layouts = {key.layout for instruction, _ in body.walk() if isinstance(instruction, Compute)
+               for key in (*instruction.operands, *instruction.results)}  # fmt: skip
+    return {a for layout in layouts for a in layout.used if ":" in a and a not in known}
 
 
 # Readers of a reduction that a whole sum pays for: the addend's own part is nothing.
@@ -197,6 +205,7 @@ class _Scope:
         rule = op.rule
         wanted = [self.planner.wanted(v) for v in op.outputs]
         operands = tuple(self.tensor(v) for v in op.inputs)
+        results: tuple[Tensor, ...] = ()
         if rule.elementary:
             self.keep(op)
             return
@@ -210,7 +219,7 @@ class _Scope:
                 for v, w in zip(op.outputs, wanted, strict=True)
             )
             assignment = choose(rule, operands, results, self.mesh)
-        self.emit(op, assignment, operands)
+        self.emit(op, assignment, operands, results)
 
     def keep(self, op: Op) -> None:
         """Every operand passes as it is. One that is read and not passed on is whole in what its
@@ -226,7 +235,10 @@ class _Scope:
             self.at_hand.setdefault(value.id, []).append(layout)
         self.code.append(Compute(op, Assignment(()), reads, results))
 
-    def emit(self, op: Op, assignment: Assignment, operands: Sequence[Tensor]) -> None:
+    def emit(
+        self, op: Op, assignment: Assignment, operands: Sequence[Tensor],
+        chosen_for: tuple[Tensor, ...] = (),
+    ) -> None:  # fmt: skip
         needed = needs(op.rule, assignment, operands, self.mesh)
         reads = tuple(self.read(v, n, op) for v, n in zip(op.inputs, needed, strict=True))
         made = makes(op.rule, assignment, self.mesh)
@@ -234,7 +246,9 @@ class _Scope:
         for value, layout in results:
             self.at_hand.setdefault(value.id, []).append(layout)
         unread = tuple(not self.planner.uses[v.id] for v in op.outputs)
-        self.code.append(Compute(op, assignment, reads, results, unread=unread))
+        asked = (tuple(operands), chosen_for) if chosen_for else ()
+        self.code.append(Compute(op, assignment, reads, results, (), unread, asked))
+        self.planner.diagnostics += diagnose.own_gathers(op, assignment, needed, self.mesh)
 
     def read(self, value: Value, need: Layout, op: Op | None) -> Key:
         """The value in a layout; emits the move when it is not at hand."""
@@ -255,8 +269,8 @@ class _Scope:
         best, src = min(options, key=lambda option: option[0].cost)
         self.code.append(Move(value, src, need, best, op))
         self.at_hand.setdefault(value.id, [src]).append(need)
-        if op is not None and op.control is None:
-            found = diagnose.gather(op, value, best)
+        if op is not None:
+            found = diagnose.gather(op, value, best, self.mesh)
             self.planner.diagnostics += [found] if found else []
         return Key(value, need)
 

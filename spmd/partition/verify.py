@@ -51,6 +51,29 @@ def check_local_shape(key: Key, x: Any, instruction: Compute, mesh: MeshShape) -
         )
 
 
+def check_gather(
+    instruction: Compute, x: Any, axes: tuple[str, ...], dim: int, mesh: MeshShape
+) -> None:
+    """What a `local` function gathers is a partial result, not a whole operand, which the plan
+    would not report.
+
+    Raises:
+      VerificationError: it is as long as an operand along a dim of which each shard has a part.
+    """
+    if not ENABLED or not axes or x.shape[dim] < 2:
+        return
+    for key in instruction.operands:
+        shape = key.layout.local_shape(key.value.shape, mesh)
+        if x.shape == shape and set(axes) & set(key.layout.dims[dim]):
+            raise VerificationError(
+                Problem(
+                    f"{instruction.op.primitive.name} gathers dim {dim} of {describe(key.value)}",
+                    "its rule does not say so in `gathers`, and the plan does not report it",
+                    "report this as a defect, with the program",
+                )
+            )
+
+
 def _region(region: RegionPlan, problems: list[Problem]) -> None:
     mesh = region.mesh
     known: set[tuple[int, Layout]] = set()

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import io_callback
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.experimental.shard_alike import shard_alike
 
 from sharding import _jax
 
@@ -31,6 +34,13 @@ def whole(*shape: int, low: int = -9, high: int = 10, dtype: Any = np.int32) -> 
 
 def bits(*shape: int) -> np.ndarray:
     return _RNG.randint(0, 1 << 32, shape, np.uint32)
+
+
+def exported(x: Any) -> Any:
+    """Calls a program that was exported for arrays like this; it is made when it is traced, since
+    that starts JAX's backend."""
+    aval = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.export.export(jax.jit(lambda x: jnp.cumsum(x, 1).T))(aval).call(x)
 
 
 def data(fun: Callable) -> Callable:
@@ -116,3 +126,29 @@ case("custom_vjp_call-gradient", jax.grad(lambda x: jax.nn.logsumexp(x, 1).sum()
 # callbacks
 case("pure_callback-sort", lambda x: jax.pure_callback(partial(np.sort, axis=1), x, x),
      real(8, 6))  # fmt: skip
+case("io_callback-ordered", lambda x: io_callback(partial(np.flip, axis=0), x, x, ordered=True),
+     real(8, 6))  # fmt: skip
+case("io_callback-rows", lambda x: io_callback(partial(np.sort, axis=1), x, x), real(7, 6))
+case("debug_callback-values", lambda x: (jax.debug.callback(lambda x: None, x), x * 2)[1],
+     real(8, 6))  # fmt: skip
+
+# comparisons in total order, high words of products
+for name in ("eq_to", "le_to", "lt_to"):
+    compare = getattr(_jax.primitives, f"{name}_p").bind
+    case(f"{name}-float32", compare, np.repeat(real(4, 6), 2, 0), np.tile(real(2, 6), (4, 1)))
+case("lt-int32", lax.lt, whole(8, 6), whole(8, 6))
+case("mulhi-int32", lax.mulhi, whole(8, 6, low=-(1 << 30), high=1 << 30),
+     whole(8, 6, low=-(1 << 30), high=1 << 30))  # fmt: skip
+
+# what says something to the compiler
+case("device_put-same", jax.device_put, real(8, 6))
+case("platform_index-cpu", lambda x: lax.platform_dependent(
+    x, cpu=lambda x: x.sum(1), default=lambda x: x.max(1)), real(8, 6))  # fmt: skip
+case("layout_constraint-columns", lambda x: with_layout_constraint(
+    x * 2, Layout(major_to_minor=(1, 0))), real(8, 6))  # fmt: skip
+case("shard_alike-two", lambda x, y: shard_alike(x + 1, y), real(8, 6), real(8, 6))
+case("call_exported-sum", exported, real(8, 6))
+
+# random keys in and out of their words
+case("random_wrap-keys", data(lambda keys: keys[::-1]), bits(8, 2))
+case("random_unwrap-keys", lambda x: jax.random.key_data(jax.random.wrap_key_data(x)), bits(8, 2))

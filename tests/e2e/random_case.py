@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from sharding import shard
 from sharding.errors import ShardingWarning
 from tests.e2e.plan_waste import waste
+from tests.e2e.random_rounding import rounding
 from tests.oracle import check, draw_spec, make_mesh
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
@@ -70,13 +71,21 @@ class Case:
         exec(self.source, scope)
         exact = set(self.outputs) <= self.exact and not self.wrap
         tolerance = 0.0 if exact else 6e-2 if self.half else 2e-4
+        args = tuple(self.inputs.values())
+        try:
+            partitioned = self.check(scope["f"], args, tolerance)
+        except AssertionError:
+            if exact:
+                raise
+            allowed = [tolerance + r for r in rounding(scope["f"], args)]
+            partitioned = self.check(scope["f"], args, allowed)
+        assert not waste(partitioned.plan), "\n".join(waste(partitioned.plan))
+
+    def check(self, fun: Any, args: tuple[Any, ...], tolerance: Any) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ShardingWarning)
-            partitioned = check(
-                scope["f"], tuple(self.inputs.values()), make_mesh(**self.mesh), self.in_specs,
-                list(self.out_specs) if not self.wrap else None, tolerance,
-            )  # fmt: skip
-        assert not waste(partitioned.plan), "\n".join(waste(partitioned.plan))
+            return check(fun, args, make_mesh(**self.mesh), self.in_specs,
+                         list(self.out_specs) if not self.wrap else None, tolerance)
 
 
 @dataclass
@@ -163,6 +172,9 @@ class Writer:
             kind(self)
         except Skip:
             pass
+        except (ArithmeticError, IndexError, TypeError, ValueError):
+            if not any(0 in v.shape for v in self.scope.values()):
+                raise  # else it is one of the many lines that no dim of size 0 allows
 
 
 def execute(source: str, scope: dict[str, Any], names: Any) -> list[Any]:

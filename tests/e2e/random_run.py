@@ -89,6 +89,8 @@ def run_all(first: int, last: int, jobs: int) -> int:
                             failed += line.startswith("FAILED ")
                             progress.update(task, failed=failed)
                             console.print(line, end="", markup=False, highlight=False)
+                if not console.is_terminal:  # in a file, where a later run resumes
+                    console.print(f"{chunk[0]} to {chunk[1] - 1} are done", highlight=False)
 
         threads = [threading.Thread(target=consume) for _ in range(jobs)]
         for thread in threads:

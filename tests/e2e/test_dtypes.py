@@ -1,5 +1,6 @@
 """Every dtype goes through every collective, and conversions between them are pointwise."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+import spmd
 from sharding.mesh import MeshShape
 from sharding.spec import Layout
 from spmd.partition.apply import all_gather, apply, on_first_device, reduce_over
@@ -37,6 +39,27 @@ def _drawn(dtype: Any) -> Any:
     """Zeros and ones: sums of four are exact in every dtype but those without a zero."""
     flags = np.random.default_rng(0).integers(0, 2, SHAPE)
     return jnp.asarray(flags + (dtype == jnp.float8_e8m0fnu), jnp.float32).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3b11fnuz", "float8_e5m2"])
+def test_extremes_keep_nan_in_no_more_bytes(dtype: str) -> None:
+    """Every pattern of bits of a float of 8 bits, and the extremes of wider ones."""
+    dtype, rng = jnp.dtype(dtype), np.random.default_rng(0)
+    if dtype.itemsize == 1:
+        values = np.arange(256, dtype=np.uint8).view(dtype)
+    else:
+        least, most = jnp.finfo(dtype).tiny, jnp.finfo(dtype).max
+        values = np.array([0, -1, 2, -least, least, -most, most, np.inf, -np.inf, np.nan], dtype)
+    x = rng.choice(values, (8, 512))
+    x[:, 0] = np.nan
+    for whole, best in ((jnp.max, np.fmax), (jnp.min, np.fmin)):
+        function = spmd.jit(partial(whole, axis=0), mesh=make_mesh(y=8), in_shardings=P("y"))
+        made, sent = function.trace(x).propagate().partition(), max(dtype.itemsize, 2)
+        assert kinds(made) == {("all_reduce", ("y",)): (1, 2 * 512 * sent * 7 / 8)}
+        got = function(x)
+        nans = np.isnan(x.astype(np.float32)).any(0)
+        want = np.where(nans, np.nan, best.reduce(x.astype(np.float32), 0))
+        np.testing.assert_array_equal(np.asarray(got, np.float32), want)
 
 
 def _per_device(x: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd.report.hlo import KindTotal, collectives_in_hlo, summarize, wire_bytes
+from spmd.reporting.hlo import KindTotal, collectives_in_hlo, summarize, wire_bytes
 
 MESH_SHAPE = {"data": 2, "tensor": 4}
 BLOCK = 8 * 8 * 4  # bytes of the local f32[8,8] that every program below starts from

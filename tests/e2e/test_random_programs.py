@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 
 from sharding import shard
 from sharding.errors import ShardingWarning
+from tests.e2e import random_case
 from tests.e2e.random_case import NAMES, Case, Writer, tame_lines, without_dead_lines
 from tests.e2e.random_lines import KINDS
-from tests.oracle import P, check, draw_spec, make_mesh
+from tests.e2e.random_rounding import rounding
+from tests.oracle import P, assert_close, check, draw_spec, make_mesh
 
 MESHES = ({"x": 8}, {"x": 2, "y": 4}, {"x": 2, "y": 2, "z": 2}, {"x": 3}, {"x": 3, "y": 2})
 
@@ -124,6 +126,63 @@ def test_random_programs(rng: random.Random) -> None:
     case = draw(rng)
     note(str(case))
     case.run()
+
+
+@pytest.mark.parametrize("number", [1, 8, 14])
+def test_programs_with_dims_of_size_zero(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random_case, "SIZES", (0, 0, *random_case.SIZES))
+    case = draw(random.Random(number))
+    assert any(0 in np.shape(v) for v in case.inputs.values())
+    case.run()
+
+
+def ill_conditioned(x: Any) -> list[Any]:
+    """1 - tanh(var)**2 to the power of the columns; what is well-conditioned; what is exact."""
+    slope = jax.grad(lambda x: jnp.tanh(jnp.var(x)))(x)
+    return [jnp.prod(jnp.tanh(slope * 1e5), axis=1), jnp.sin(x), jnp.sum(x * 8), x > 2]
+
+
+def test_rounding_is_measured_where_a_program_amplifies_it() -> None:
+    x = np.arange(64, dtype=np.float32).reshape(8, 8) / 8
+    moves = rounding(ill_conditioned, (x,))
+    assert 5e-3 < moves[0] < 0.5 and 0 < moves[1] < 1e-5 and moves[2:] == [0, 0]
+
+
+def test_rounding_of_loops_and_ties() -> None:
+    def f(x):
+        y = jnp.sin(x)
+        tied = jax.grad(lambda y: jnp.sum(jnp.minimum(y, y) * y + jnp.max(y)))(y)
+        looped, _ = jax.lax.scan(lambda c, row: (jnp.tanh(c + row), None), y[0], y)
+        last = jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, jnp.cos(s[1])), (0, y))
+        return [tied, looped, jax.lax.cond(x[0, 0] > 0, jnp.sin, jnp.cos, last[1])]
+
+    x = np.linspace(-2, 2, 24, dtype=np.float32).reshape(4, 6)
+    x[1] = x[0]
+    moves = rounding(f, (x,))
+    assert all(0 < move < 1e-5 for move in moves), moves
+
+
+def test_wrong_values_are_not_taken_for_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A factor of 1.5 in the result that rounding moves most, a thousandth in the other one."""
+    lines = ("v1 = jax.grad(lambda x: jnp.tanh(jnp.var(x)))(v0)",
+             "v2 = jnp.prod(jnp.tanh(v1 * 1e4), axis=1)", "v3 = jnp.sin(v0)")
+    made = tuple(((line[:2],), line) for line in lines)
+    x = np.arange(8, dtype=np.float32)[:, None].repeat(7, 1)
+    mesh, specs = {"x": 2, "y": 4}, (P("x", "y"),)
+    case = Case({"v0": x}, made, ("v2", "v3"), mesh, specs, (None, None))
+    assert outcome(case) == ""
+    with monkeypatch.context() as patch:  # other sums than the unsharded program's
+        patch.setattr(random_case, "rounding", lambda fun, args: [0.0, 0.0])
+        assert outcome(case) == "wrong values"
+    for output, factor in ((0, 1.5), (1, 1.001)):
+
+        def wrong(got: Any, want: Any, allowed: float, what: str) -> None:
+            by = factor if what.startswith(f"result[{output}]") else 1.0  # noqa: B023
+            assert_close(got * by, want, allowed, what)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("tests.oracle.assert_close", wrong)
+            assert outcome(case) == "wrong values"
 
 
 # Failures that random programs have found, reduced.

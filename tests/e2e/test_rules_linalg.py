@@ -14,6 +14,7 @@ import pytest
 from jax import lax
 
 from sharding import shard
+from spmd.partition.local import LocalView
 from tests.e2e.rule_harness import check_rules
 from tests.oracle import P, check, kinds, make_mesh
 
@@ -219,6 +220,35 @@ def test_batches_need_no_communication(name: str) -> None:
         PROGRAMS[name], (a, v), make_mesh(y=8), (P("y"), P("y")), P("y"), tolerance=1e-4
     )
     assert kinds(made) == {}
+
+
+def _strict(bind: Callable) -> Callable:
+    """A ragged contraction as kernels may have it: NaN where sizes are negative or more than there
+    are rows, and in rows of no group."""
+
+    def wrapped(ctx: Any, lhs: Any, rhs: Any, sizes: Any, **changed: Any) -> Any:
+        numbers = ctx.op.params["ragged_dot_dimension_numbers"]
+        (dim,), rows = numbers.lhs_ragged_dimensions, sizes.sum(-1)
+        sane = (sizes >= 0).all() & (rows <= lhs.shape[dim]).all()
+        (out,) = bind(ctx, jnp.where(sane, lhs, jnp.nan), rhs, sizes, **changed)
+        if numbers.rhs_group_dimensions:
+            at = lax.broadcasted_iota(jnp.int32, out.shape, rows.ndim)
+            rows = rows.reshape(*rows.shape, *(1,) * (out.ndim - rows.ndim))
+            out = jnp.where(at < rows, out, jnp.nan)
+        return [out]
+
+    return wrapped
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith("ragged-") and "grad" not in n])
+def test_ragged_kernels_get_sizes_that_make_sense(name: str, monkeypatch: Any) -> None:
+    """With all rows in groups, and garbage in what pads them."""
+    monkeypatch.setattr(LocalView, "bind", _strict(LocalView.bind))
+    fun, (lhs, rhs, sizes), names, _ = CASES[name]
+    rows = 9 if sizes.ndim == 2 else 13
+    sizes = sizes.copy()
+    sizes[..., -1] += rows - sizes.sum(-1)
+    check_rules(fun, lhs, rhs, sizes, names=names)
 
 
 def test_columns_are_solved_for_on_their_own() -> None:

@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
+import spmd
 from sharding import P, shard
 from tests.oracle import check, make_mesh
 
@@ -49,6 +51,18 @@ def test_empty_and_tiny_dims(shape: tuple[int, int]) -> None:
     check(f, (jnp.ones(shape),), MESH, (P("x"),))
 
 
+def test_array_without_elements_whose_other_dim_is_sharded_at_the_boundary() -> None:
+    mesh = make_mesh(x=2)
+    x = np.zeros((0, 6, 2), np.float32)
+    for given in (P(None, None, "x"), P(None, "x")):
+        for wanted in (P(None, None, "x"), P("x"), None):
+            check(lambda x: jnp.concatenate([x, x * 2], 1), (x,), mesh, (given,), wanted)
+        placed = jax.device_put(x, jax.NamedSharding(mesh, given))
+        f = spmd.jit(lambda x: x * 2, mesh=mesh, in_shardings=given, out_shardings=given)
+        assert np.asarray(f(f(placed))).shape == x.shape
+        assert np.asarray(spmd.jit(lambda x: x * 2, mesh=mesh)(placed)).shape == x.shape
+
+
 def test_permutations_along_axes_out_of_mesh_order() -> None:
     mesh = make_mesh(x=2, y=2, z=2)
     v = jnp.arange(4.0 * 6 * 5).reshape(4, 6, 5)
@@ -80,3 +94,11 @@ def test_partial_values_meet_zero_and_infinity() -> None:
     x = jnp.array([3.0, -1, -1, -1, 1, 1, 1, 1])[:, None]
     check(lambda x: jnp.sum(x, 0) / 0.0, (x,), MESH, (P("x"),))
     check(lambda x: jnp.sum(x, 0) / 4.0 - 1.0, (x,), MESH, (P("x"),))
+
+
+def test_a_dim_smaller_than_its_axis_is_merged_and_reduced() -> None:
+    def f(x):
+        flat = jnp.reshape(x, (48,))
+        return jnp.sum(jnp.maximum(flat, flat), 0, keepdims=True)
+
+    check(f, (jnp.arange(48.0).reshape(4, 12),), MESH, (P("x"),))

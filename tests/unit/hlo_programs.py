@@ -1,6 +1,6 @@
 """HLO modules written by hand, for the tests of the collective counter."""
 
-from spmd.report.hlo import collectives_in_hlo
+from spmd.reporting.hlo import collectives_in_hlo
 
 HEADER = "HloModule m, is_scheduled=true, num_partitions=8\n"
 ADD = """

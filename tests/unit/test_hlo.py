@@ -3,8 +3,8 @@
 import pytest
 
 from sharding.errors import ArgumentError
-from spmd.report.hlo import KindTotal, collectives_in_hlo, summarize, wire_bytes
-from spmd.report.hlo_text import bytes_of, parse_module, split_top_level
+from spmd.reporting.hlo import KindTotal, collectives_in_hlo, summarize, wire_bytes
+from spmd.reporting.hlo_text import bytes_of, parse_module, split_top_level
 from tests.unit.hlo_programs import ADD, BY_ROW, HEADER, only, program
 
 # --- bytes by kind -------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 import pytest
 
 from sharding.errors import ArgumentError
-from spmd.report.hlo import mesh_axes_of
-from spmd.report.hlo_groups import connected, permute_axes_of, replica_groups
+from spmd.reporting.hlo import mesh_axes_of
+from spmd.reporting.hlo_groups import connected, permute_axes_of, replica_groups
 from tests.unit.hlo_programs import only, program
 
 ROWS = ((0, 1, 2, 3), (4, 5, 6, 7))  # groups along the minor axis of a 2x4 mesh
@@ -47,7 +47,7 @@ def test_a_form_of_replica_groups_that_is_not_known():
     assert str(error.value) == (
         "replica groups printed as 'replica_groups=V9(0..7)'\n"
         "  why: this is none of the forms that the reader of HLO text knows\n"
-        "  fix: read the form in `replica_groups` of spmd/report/hlo_groups.py"
+        "  fix: read the form in `replica_groups` of spmd/reporting/hlo_groups.py"
     )
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from spmd.report.hlo import collectives_in_hlo
+from spmd.reporting.hlo import collectives_in_hlo
 from tests.unit.hlo_programs import BY_ROW, compare, loop, only, run_loop
 
 

@@ -51,7 +51,7 @@ def replica_groups(attributes: str, num_devices: int) -> Groups:
             Problem(
                 f"replica groups printed as {printed!r}",
                 "this is none of the forms that the reader of HLO text knows",
-                "read the form in `replica_groups` of spmd/report/hlo_groups.py",
+                "read the form in `replica_groups` of spmd/reporting/hlo_groups.py",
             )
         )
     return (tuple(range(num_devices)),)

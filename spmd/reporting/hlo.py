@@ -23,7 +23,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 
-from spmd.report.hlo_groups import (
+from spmd.reporting.hlo_groups import (
     Groups,
     connected,
     mesh_axes_of,
@@ -31,8 +31,15 @@ from spmd.report.hlo_groups import (
     replica_groups,
     source_target_pairs,
 )
-from spmd.report.hlo_loops import trip_count
-from spmd.report.hlo_text import Computation, Instruction, Module, bytes_of, dtypes_of, parse_module
+from spmd.reporting.hlo_loops import trip_count
+from spmd.reporting.hlo_text import (
+    Computation,
+    Instruction,
+    Module,
+    bytes_of,
+    dtypes_of,
+    parse_module,
+)
 
 __all__ = [
     "HloCollective",

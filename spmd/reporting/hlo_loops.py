@@ -12,7 +12,7 @@ import dataclasses
 import operator
 import re
 
-from spmd.report.hlo_text import Computation, Instruction, Module
+from spmd.reporting.hlo_text import Computation, Instruction, Module
 
 _KNOWN = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"(\d+)"')
 _COPIES = ("copy", "copy-start", "copy-done", "optimization-barrier")

@@ -185,7 +185,7 @@ def _array_bytes(dtype: str, dims: str) -> int:
             Problem(
                 f"an array of element type `{dtype}`",
                 "its width is not known, so its bytes cannot be counted",
-                "add the width to `_array_bytes` of spmd/report/hlo_text.py",
+                "add the width to `_array_bytes` of spmd/reporting/hlo_text.py",
             )
         )
     bits = int(width.group(1)) if width else 8

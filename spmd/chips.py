@@ -1,0 +1,137 @@
+"""Accelerators as numbers: what a chip computes, what its memory holds, how fast its links are.
+
+All numbers are of one JAX *device*. A TPU v2, v3 or 7x chip is two devices, one for each core; a
+v4 or v5p chip, whose two cores work as one ("megacore"), is one. Bandwidth of links is one way.
+
+Sources, by the names used below:
+  cloud   cloud.google.com/tpu/docs, the page of each version: peak, memory
+  book    jax-ml.github.io/scaling-book, "How to Think About TPUs" and "How to Think About GPUs":
+          memory bandwidth, ICI links, wrap-around, DCN per host, about 1 us per hop
+  cacm    Jouppi et al., "A domain-specific supercomputer for training deep neural networks",
+          CACM 63(7), 2020, table 3: TPU v2 and v3 links of 496 and 656 Gbit/s each way
+  nvidia  the data sheets of A100, H100 and H200 (SXM, dense): peak, memory, NVLink
+  dgx     the DGX A100 and H100 reference architectures: one InfiniBand port for each GPU
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sharding.errors import ArgumentError, Problem
+
+__all__ = ["ALIASES", "CHIPS", "Chip"]
+
+GiB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One kind of accelerator, in numbers of one device.
+
+    Attributes:
+      name: as in `Machine.parse`, e.g. "v5p".
+      family: "tpu", "gpu" or "cpu".
+      kind: `device_kind` of the JAX device.
+      rank: dims of the torus; 0 where a switch connects the devices of a node.
+      cores: devices per chip; they share the chip's links.
+      flops: (dtype, dense matmul FLOP/s), each dtype that the hardware multiplies.
+      hbm_bytes: memory.
+      usable_bytes: of it, what a program may use.
+      hbm_bandwidth: bytes/s.
+      link_bandwidth: bytes/s one way over one link of the chip (torus), or from one device into
+        the switch.
+      network_bandwidth: bytes/s one way and device between slices (DCN) or nodes (InfiniBand).
+      hop_latency, network_latency: seconds.
+      clock: cycles/s; 0.0 where no compiler reports cycles.
+      wrap: "full" wraps a dim of `pod` chips, "cubes" all dims if all are multiples of 4.
+      pod: chips along a dim that is wrapped around, for `wrap="full"`.
+      node: devices in a node, for GPUs.
+    """
+
+    name: str
+    family: str
+    kind: str
+    rank: int
+    cores: int
+    flops: tuple[tuple[str, float], ...]
+    hbm_bytes: float
+    usable_bytes: float
+    hbm_bandwidth: float
+    link_bandwidth: float
+    network_bandwidth: float
+    hop_latency: float = 1e-6
+    network_latency: float = 1e-5
+    clock: float = 0.0
+    wrap: str = ""
+    pod: int = 0
+    node: int = 0
+
+    def peak(self, dtype: str) -> float:
+        """FLOP/s of matmuls in `dtype`, e.g. "bfloat16".
+
+        Raises:
+          ArgumentError: the chip's rate for this dtype is not known.
+        """
+        known = dict(self.flops)
+        if dtype not in known:
+            raise ArgumentError(
+                Problem(
+                    f"peak of {self.name} in {dtype}",
+                    f"rates are known for {', '.join(known)}",
+                    f"count in {self.flops[0][0]}, or add the rate to CHIPS in spmd/chips.py",
+                )
+            )
+        return known[dtype]
+
+
+def _tpu(
+    name: str, kind: str, rank: int, bf16: float, int8: float, hbm: int, usable: float,
+    hbm_bandwidth: float, link: float, clock: float, wrap: str, pod: int, host: int,
+    cores: int = 1,
+) -> Chip:  # fmt: skip
+    """A TPU; `hbm` and `usable` in GiB, `host` in chips."""
+    # By default XLA multiplies float32 in one bfloat16 pass; exactly (Precision.HIGHEST) in 6.
+    rates = (("bfloat16", bf16), ("int8", int8), ("float32", bf16 / 6))
+    # DCN: 2.5e10 bytes/s per host (book), which the devices of the host share.
+    dcn = 2.5e10 / (host * cores)
+    return Chip(name, "tpu", kind, rank, cores, rates, hbm * GiB, usable * GiB, hbm_bandwidth,
+                link, dcn, clock=clock, wrap=wrap, pod=pod)  # fmt: skip
+
+
+def _gpu(name: str, bf16: float, tf32: float, hbm: float, bandwidth: float, links: float,
+         network: float) -> Chip:  # fmt: skip
+    rates = [("bfloat16", bf16), ("float16", bf16), ("int8", 2 * bf16), ("float32", tf32)]
+    if name != "a100":
+        rates.append(("float8", 2 * bf16))
+    # JAX preallocates 75 % of the memory by default; a program may be given up to about 95 %.
+    return Chip(name, "gpu", f"NVIDIA {name.upper()}", 0, 1, tuple(rates), hbm, 0.95 * hbm,
+                bandwidth, links, network, network_latency=5e-6, node=8)  # fmt: skip
+
+
+# Per device: peak and memory (cloud), memory that libtpu 0.0.42 leaves to a program (as its error
+# RESOURCE_EXHAUSTED says), memory bandwidth (book), links (book; v2 and v3: cacm).
+# The clock is peak / (2 x MXU cells): 1, 2, 8, 4 and 8 MXUs of 128x128 for v2, v3, v4, v5e and
+# v5p, 4 of 256x256 for v6e. For one 8192^3 matmul libtpu estimates 1.00, 1.03, 1.08, 1.14, 1.11
+# and 1.42 times the cycles that these clocks have at peak.
+_CHIPS = (
+    _tpu("v2", "TPU v2", 2, 22.5e12, 22.5e12, 8, 7.48, 350e9, 62e9, 0.69e9, "full", 16, 4, 2),
+    _tpu("v3", "TPU v3", 2, 61.5e12, 61.5e12, 16, 15.48, 450e9, 82e9, 0.94e9, "full", 32, 4, 2),
+    _tpu("v4", "TPU v4", 3, 275e12, 275e12, 32, 30.75, 1.2e12, 4.5e10, 1.05e9, "cubes", 0, 4),
+    _tpu("v5e", "TPU v5 lite", 2, 197e12, 394e12, 16, 15.75, 8.1e11, 5e10, 1.5e9, "full", 16, 8),
+    _tpu("v5p", "TPU v5", 3, 459e12, 918e12, 96, 95.74, 2.8e12, 1e11, 1.75e9, "cubes", 0, 4),
+    _tpu("v6e", "TPU v6 lite", 2, 918e12, 1836e12, 32, 31.25, 1.6e12, 1e11, 1.75e9, "full", 16, 8),
+    _gpu("a100", 312e12, 156e12, 80e9, 2.04e12, 300e9, 25e9),
+    _gpu("h100", 989e12, 494e12, 80e9, 3.35e12, 450e9, 50e9),
+    _gpu("h200", 989e12, 494e12, 141e9, 4.8e12, 450e9, 50e9),
+    # Simulated devices. Nominal: times in these units order plans, and predict nothing.
+    Chip("cpu", "cpu", "cpu", 0, 1, (("float32", 1e11), ("bfloat16", 1e11), ("int8", 1e11)),
+         4e9, 4e9, 2e10, 1e10, 1e9),
+)  # fmt: skip
+
+CHIPS: dict[str, Chip] = {chip.name: chip for chip in _CHIPS}
+
+# Names that people use for the same chip, for suggestions.
+ALIASES = {
+    "v5litepod": "v5e", "v5lite": "v5e", "v4p": "v4", "v6": "v6e", "v5": "v5p", "trillium": "v6e",
+    "tpuv3": "v3", "tpuv4": "v4", "tpuv5e": "v5e", "tpuv5p": "v5p", "tpuv6e": "v6e",
+}  # fmt: skip

@@ -1,0 +1,122 @@
+"""Which values of a per-device program are held in memory, and which live only inside of a fusion.
+
+Compilers fuse elementwise operations into whoever reads them. A value that only such readers read
+is never written; its readers read what it was made from instead.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from sharding.rule import Kind
+from sharding.spec import Layout
+from spmd.estimate.work import Line
+from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
+
+Name = tuple[int, Layout]
+
+
+class Held(NamedTuple):
+    """What exists in memory, by line.
+
+    Attributes:
+      writes: line -> values that it writes to memory.
+      reads: line -> values in memory that it reads, directly or through what is fused into it.
+    """
+
+    writes: tuple[tuple[Key, ...], ...]
+    reads: tuple[tuple[Key, ...], ...]
+
+
+def name(key: Key) -> Name:
+    return key.value.id, key.layout
+
+
+def held(plan: ProgramPlan, lines: tuple[Line, ...], into_dots: bool = True) -> Held:
+    """Decides for every value whether it is held.
+
+    Args:
+      into_dots: contractions and convolutions take elementwise operands in, as on TPUs; on CPUs
+        and GPUs they are library calls, which read memory.
+    """
+    readers = _readers(lines)
+    leaving = set(_leaving(plan.body))
+    roots: dict[Name, tuple[Key, ...]] = {}
+    writes: list[tuple[Key, ...]] = []
+    reads: list[tuple[Key, ...]] = []
+    for line in lines:
+        found: dict[Name, Key] = {}
+        for key in line.reads:
+            for root in roots.get(name(key), (key,)):
+                if root.value.const is None or root.value.rank:
+                    found[name(root)] = root
+        sources = tuple(found.values())
+        kept = []
+        for key in line.writes:
+            inside = name(key) not in leaving and len(sources) <= _MOST_ROOTS
+            if _identity(line) or (
+                inside
+                and fusible(line)
+                and _absorbed(line, readers.get(name(key), ()), into_dots)
+            ):
+                roots[name(key)] = sources
+            else:
+                kept.append(key)
+        writes.append(tuple(kept))
+        reads.append(sources)
+    return Held(tuple(writes), tuple(reads))
+
+
+# A fusion of more operands than this is split by compilers.
+_MOST_ROOTS = 24
+
+
+def fusible(line: Line) -> bool:
+    """Whether a line can be computed element by element where its result is read."""
+    found = line.instruction
+    if isinstance(found, Move):
+        return not line.wires
+    if found.regions or line.wires:
+        return False
+    rule = found.op.rule
+    return rule.early or rule.expands or not found.operands
+
+
+def _identity(line: Line) -> bool:
+    found = line.instruction
+    return isinstance(found, Compute) and not found.regions and found.op.rule.identity
+
+
+def _readers(lines: tuple[Line, ...]) -> Mapping[Name, list[Line]]:
+    """Who reads a value in a layout."""
+    readers: dict[Name, list[Line]] = {}
+    for line in lines:
+        for key in line.reads:
+            readers.setdefault(name(key), []).append(line)
+    return readers
+
+
+def _leaving(region: RegionPlan) -> Iterator[Name]:
+    """Values at the end of any region."""
+    yield from map(name, region.outputs)
+    for instruction in region.code:
+        for inner in instruction.regions if isinstance(instruction, Compute) else ():
+            yield from _leaving(inner)
+
+
+def _absorbed(line: Line, readers: Sequence[Line], into_dots: bool) -> bool:
+    """Whether every reader takes the value in: elementwise operations, reductions, contractions."""
+    return all(
+        _takes_in(reader, into_dots) and reader.parent == line.parent for reader in readers
+    )
+
+
+def _takes_in(reader: Line, into_dots: bool) -> bool:
+    if fusible(reader):
+        return True
+    found = reader.instruction
+    if isinstance(found, Move) or found.regions or reader.wires or found.op.rule.local is not None:
+        return False
+    rule = found.op.rule
+    contracts = rule.flops > 1 and len(rule.operands) > 1
+    reduces = any(f.kind is Kind.REDUCE for f in rule.factors.values())
+    return reduces and (into_dots or not contracts)

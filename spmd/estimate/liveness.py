@@ -1,0 +1,199 @@
+"""Memory over the program, by liveness: which buffers one device holds at every instruction.
+
+Buffers are reused as compilers reuse them: an elementwise result takes the place of an operand that
+ends there, a loop's result that of its initial value, a donated argument that of its successor.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from sharding.spec import Layout
+from spmd.estimate.fusion import Held, Name, fusible, held, name
+from spmd.estimate.work import Line, key_bytes, lines
+from spmd.partition.plan import Compute, Key, Move, ProgramPlan
+
+
+class Buffer(NamedTuple):
+    """Memory that one value takes, on one device.
+
+    Attributes:
+      key: the value and its layout.
+      bytes: its size.
+      start: number of the line that writes it; 0 for what is there from the start.
+      end: number of the first line that does not need it any more.
+      argument: index among the program's inputs, or -1.
+      result: whether the program returns it.
+    """
+
+    key: Key
+    bytes: int
+    start: int
+    end: int
+    argument: int = -1
+    result: bool = False
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Memory per device.
+
+    Attributes:
+      buffers: every buffer that the program holds at some time.
+      over: bytes held at every line.
+      peak: the most that is held, in bytes.
+      at: number of the line where that is.
+    """
+
+    buffers: tuple[Buffer, ...]
+    over: tuple[int, ...]
+    peak: int
+    at: int
+
+    def live(self, line: int) -> list[Buffer]:
+        """Buffers held at a line, largest first."""
+        found = [b for b in self.buffers if b.start <= line < b.end]
+        return sorted(found, key=lambda b: -b.bytes)
+
+
+def profile(
+    plan: ProgramPlan, lines: tuple[Line, ...], donated: Sequence[bool], kept: Held
+) -> Profile:
+    """Memory over the lines of a plan.
+
+    Args:
+      donated: per input of the program, whether its buffer may be reused.
+      kept: `held(plan, lines)`.
+    """
+    buffers = _Allocation(plan, lines, kept, donated).run()
+    changes = [0] * (len(lines) + 2)
+    for buffer in buffers:
+        changes[buffer.start] += buffer.bytes
+        changes[min(max(buffer.end, buffer.start + 1), len(lines) + 1)] -= buffer.bytes
+    over, now = [], 0
+    for change in changes[: max(len(lines), 1)]:
+        now += change
+        over.append(now)
+    at = max(range(len(over)), key=over.__getitem__)
+    return Profile(tuple(buffers), tuple(over), over[at], at)
+
+
+# Steps of a reshard whose result has the size of their operand, and takes its place.
+_IN_PLACE = frozenset(("all_reduce", "permute", "slice"))
+
+
+class _Allocation:
+    """Walks the lines once forward; buffers end where their last reader is."""
+
+    def __init__(
+        self, plan: ProgramPlan, lines: tuple[Line, ...], kept: Held, donated: Sequence[bool]
+    ):
+        self.plan, self.lines, self.kept, self.donated = plan, lines, kept, donated
+        self.after = _after(lines)
+        self.ends = self._ends()
+        self.buffers: dict[Name, Buffer] = {}
+        self.done: list[Buffer] = []
+        # Buffers that stand in another one's place: they cost nothing of their own.
+        self.aliases: set[Name] = set()
+
+    def run(self) -> list[Buffer]:
+        self.arguments()
+        for line in self.lines:
+            writes = self.kept.writes[line.index]
+            if writes:
+                self.write(line, writes)
+            self.enter(line)
+        for key in self.plan.body.outputs:
+            if name(key) in self.buffers:
+                self.buffers[name(key)] = self.buffers[name(key)]._replace(result=True)
+        return [*self.done, *self.buffers.values()]
+
+    def arguments(self) -> None:
+        region, count = self.plan.body, len(self.lines) + 1
+        for i, (value, layout) in enumerate(zip(region.region.inputs, region.inputs, strict=True)):
+            key = Key(value, layout)
+            free = i < len(self.donated) and self.donated[i]
+            end = self.ends.get(name(key), 0) if free else count
+            size = key_bytes(key, region.mesh)
+            self.buffers[name(key)] = Buffer(key, size, 0, end, i)
+        for value in region.region.consts:
+            key = Key(value, Layout(((),) * value.rank))
+            self.buffers.setdefault(name(key), Buffer(key, key_bytes(key, region.mesh), 0, count))
+
+    def _ends(self) -> Mapping[Name, int]:
+        """Where a value is needed last: after its last reader, or where its region ends."""
+        ends: dict[Name, int] = {}
+        for line, reads in zip(self.lines, self.kept.reads, strict=True):
+            for key in reads:
+                ends[name(key)] = max(ends.get(name(key), 0), self.after[line.index])
+        for line in self.lines:
+            found = line.instruction
+            for region in found.regions if isinstance(found, Compute) else ():
+                for key in region.outputs:
+                    ends[name(key)] = self.after[line.index]
+        for key in self.plan.body.outputs:
+            ends[name(key)] = len(self.lines) + 1
+        return ends
+
+    def write(self, line: Line, writes: Sequence[Key]) -> None:
+        free = self.ending(line)
+        for key in writes:
+            size = key_bytes(key, line.mesh)
+            end = max(self.ends.get(name(key), 0), line.index + 1)
+            place = next((b for b in free if b.bytes == size or name(b.key) in self.aliases), None)
+            if place is None:
+                self.buffers[name(key)] = Buffer(key, size, line.index, end)
+                continue
+            free.remove(place)
+            if name(place.key) in self.aliases:
+                size = 0
+                self.aliases.add(name(key))
+            old = self.buffers.pop(name(place.key))
+            self.done.append(old._replace(end=line.index))
+            self.buffers[name(key)] = Buffer(key, size, line.index, end, old.argument)
+
+    def ending(self, line: Line) -> list[Buffer]:
+        """Buffers that a result of the line may take over: operands that end there, of operations
+        that work in place."""
+        found = line.instruction
+        if isinstance(found, Move):
+            in_place = all(step.kind in _IN_PLACE for step in found.plan.steps)
+        else:
+            in_place = fusible(line) or bool(found.regions) or not found.op.rule.flops
+        if not in_place:
+            return []
+        return [
+            self.buffers[name(key)]
+            for key in self.kept.reads[line.index]
+            if name(key) in self.buffers and self.ends.get(name(key)) == self.after[line.index]
+            and self.buffers[name(key)].end <= self.after[line.index]
+        ]
+
+    def enter(self, line: Line) -> None:
+        """What a region sees of the outside is outside already."""
+        found = line.instruction
+        for region in found.regions if isinstance(found, Compute) else ():
+            for value, layout in zip(region.region.inputs, region.inputs, strict=True):
+                key = Key(value, layout)
+                self.buffers[name(key)] = Buffer(
+                    key, 0, line.index, self.ends.get(name(key), line.index + 1)
+                )
+                self.aliases.add(name(key))
+
+
+def _after(lines: tuple[Line, ...]) -> list[int]:
+    """Per line, the number of the first line after it and everything in its regions."""
+    after = [line.index + 1 for line in lines]
+    for line in reversed(lines):
+        if line.parent >= 0:
+            after[line.parent] = max(after[line.parent], after[line.index])
+    return after
+
+
+
+def peak_bytes(
+    plan: ProgramPlan, donated: Sequence[bool] = (), into_dots: bool = True
+) -> int:
+    """Predicted peak bytes per device, arguments and results included, see `profile`."""
+    found = lines(plan)
+    return profile(plan, found, donated, held(plan, found, into_dots)).peak

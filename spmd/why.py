@@ -1,0 +1,245 @@
+"""Why a collective is there: the two shardings that it reconciles, and what would remove it."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from sharding import _jax
+from sharding.errors import ArgumentError, Problem
+from sharding.explain import same_line
+from sharding.op import Op, Value
+from sharding.program import describe
+from sharding.rule import Kind
+from sharding.spec import Layout
+from spmd import cost
+from spmd.collectives import Collective
+from spmd.explanation import Reconciled, Why
+from spmd.inspector import Inspector, reader_text
+from spmd.partition.plan import Compute, Move
+from spmd.remedy import find_remedy
+
+# A question about a source line may mean many collectives: remedies are looked for the dearest.
+REMEDIES = 3
+_KIND = re.compile(r"^(?P<kind>[a-z_]+)(?:\((?P<axes>[^)]*)\))?$")
+_KINDS = ("all_gather", "all_reduce", "all_to_all", "permute", "reduce_scatter")
+
+Moves = list[tuple[Move, int]]
+
+
+def seconds(wire_bytes: float) -> float:
+    """Time of sending bytes at the speed of one link."""
+    return wire_bytes / cost.LINK_BYTES_PER_S
+
+
+def why(inspector: Inspector, asked: Any) -> Why:
+    """Why collectives are there.
+
+    Args:
+      asked: a record of `Partitioned.collectives`; a kind, alone or with its axes
+        (`all_reduce(tensor)`); a value that is moved; or a source line that needs or makes it.
+
+    Raises:
+      ArgumentError: there is no such collective.
+    """
+    found = _asked_moves(inspector, asked)
+    found.sort(key=lambda pair: -pair[1] * pair[0].plan.bytes)
+    rows = [_reconciled(inspector, m, n, i < REMEDIES) for i, (m, n) in enumerate(found)]
+    rows += _inside(inspector, asked)
+    if not rows:
+        raise ArgumentError(_no_collective(inspector, asked))
+    return Why(_text(asked), tuple(sorted(rows, key=lambda row: -row.bytes)))
+
+
+def _asked_moves(inspector: Inspector, asked: Any) -> Moves:
+    """The moves that a record, a kind, a value or a source line means."""
+    moves = [(m, n) for m, n in inspector.moves if m.plan.bytes]
+    if isinstance(asked, Collective):
+        alike = [(m, n) for m, n in moves if _emits(m, asked.kind, asked.axes)]
+        return [(m, n) for m, n in alike if _emitted_at(m) == asked.source] or [
+            (m, n) for m, n in alike if not _emitted_at(m)
+        ]
+    kind = _kind(asked)
+    if kind is not None:
+        return [(m, n) for m, n in moves if _emits(m, *kind)]
+    ids = {v.id for v in inspector.history.find(asked)}
+    return [
+        (m, n) for m, n in moves
+        if m.value.id in ids
+        or (m.reason is not None and isinstance(asked, str) and _at_line(asked, m.reason.source))
+    ]
+
+
+def _kind(asked: Any) -> tuple[str, tuple[str, ...] | None] | None:
+    """(kind, axes) of `all_reduce(tensor)`; axes None: any."""
+    match = _KIND.match(asked) if isinstance(asked, str) else None
+    if match is None or match["kind"] not in _KINDS:
+        return None
+    axes = match["axes"]
+    return match["kind"], None if axes is None else tuple(re.split(r"[+,]\s*", axes))
+
+
+def _reconciled(inspector: Inspector, move: Move, trips: int, search: bool) -> Reconciled:
+    wire = trips * move.plan.bytes
+    remedy, tried = None, "no annotation was tried: ask for this one by its value"
+    if search:
+        remedy, tried = find_remedy(
+            inspector.stage, inspector.partitioned, inspector.history, move
+        )
+    op = move.reason or move.value.op
+    return Reconciled(
+        describe(move.value),
+        tuple((f"{s.kind}({'+'.join(s.axes)})", trips * s.bytes) for s in move.plan.steps),
+        trips, wire, seconds(wire), str(move.src), str(move.dst),
+        tuple(_made(inspector, move.value, move.src)), tuple(_needed(inspector, move)),
+        reader_text(move), op.source if op is not None else "", remedy, tried,
+    )  # fmt: skip
+
+
+def _made(inspector: Inspector, value: Value, layout: Layout) -> Iterator[str]:
+    """Why a value lies as it was made."""
+    yield from inspector.origins(value, layout)
+    op = value.op
+    if op is None or op.control is not None:
+        return
+    for axis, monoid in layout.partial:
+        for compute, _ in inspector.computes.get(op.index, ()):
+            for name, axes in compute.assignment.factors:
+                if axis in axes and op.rule.factors[name].kind is Kind.REDUCE:
+                    yield f"partial over {axis}: {op.primitive.name} reduces {name} by {monoid}"
+                    t, d = op.rule.where[name][0]
+                    yield from inspector.origin(op.inputs[t], d, axis)
+            if axis in compute.assignment.carried:
+                yield f"partial over {axis}: {op.primitive.name} keeps its operands' addends"
+
+
+def _needed(inspector: Inspector, move: Move) -> Iterator[str]:
+    """Why a value is needed in the layout that it is brought to."""
+    op, value = move.reason, move.value
+    if op is None or op.control is not None:
+        inner = value if op is None else _inner(op, value)
+        dims = move.dst.dims[len(move.dst.dims) - inner.rank :]
+        yield from inspector.origins(inner, Layout(dims))
+        return
+    used = inspector.computes[op.index][-1][0].assignment.axes
+    for d, names in enumerate(op.rule.operands[op.inputs.index(value)]):
+        axes = move.dst.dims[d]
+        if axes:
+            yield f"dim {d} on {'+'.join(axes)}: {op.primitive.name} has {' '.join(names)} there"
+            yield from _result_origins(inspector, op, names)
+        elif move.src.dims[d]:
+            yield f"dim {d} whole: " + _whole(op, names, move.src.dims[d], used)
+
+
+def _result_origins(inspector: Inspector, op: Op, names: Sequence[str]) -> Iterator[str]:
+    """Where the results have the axes of named dims from."""
+    for t, d in (place for name in names for place in op.rule.where[name]):
+        if t >= len(op.inputs):
+            result = op.outputs[t - len(op.inputs)]
+            for axis in inspector.stage.result.of(result).dims[d].axes:
+                yield from inspector.origin(result, d, axis)
+            return
+
+
+def _inner(op: Op, value: Value) -> Value:
+    """What a value is called inside of a region."""
+    port = next((p for p in op.in_ports if op.inputs[p.outer] is value), None)
+    return value if port is None else op.regions[port.region].inputs[port.inner]
+
+
+def _whole(
+    op: Op, names: Sequence[str], axes: Sequence[str], used: Mapping[str, tuple[str, ...]]
+) -> str:
+    """Why an operation needs a dim whole that lies on axes."""
+    name = op.primitive.name
+    if any(op.rule.factors[f].kind is Kind.FIXED for f in names):
+        return f"{name} has no form along {' '.join(names)} that is divided"
+    other = [f for f, given in used.items() if set(given) & set(axes) and f not in names]
+    if other:
+        return f"{'+'.join(axes)} divides {', '.join(other)} in {name}"
+    return f"{name} has {' '.join(names)} on no axis: cheapest"
+
+
+def _inside(inspector: Inspector, asked: Any) -> Iterator[Reconciled]:
+    """Collectives that operations emit by themselves, such as halo exchanges."""
+    planned: dict[tuple[str, tuple[str, ...], str], float] = {}
+    for move, trips in inspector.moves:
+        for s in move.plan.steps:
+            key = (s.kind, s.axes, _emitted_at(move))
+            planned[key] = planned.get(key, 0.0) + trips * s.bytes
+    if not isinstance(asked, str | Collective) or asked in inspector.history.names:
+        return
+    for record in inspector.partitioned.collectives:
+        wire = record.bytes - planned.get((record.kind, record.axes, record.source), 0.0)
+        if wire < 0.5 or not _is_asked(asked, record):
+            continue
+        found = _communicates(inspector, record)
+        if found is not None:
+            compute, names = found
+            op, axes = compute.op, "+".join(record.axes)
+            layout = str(compute.operands[0].layout) if compute.operands else ""
+            yield Reconciled(
+                describe((*op.outputs, *op.inputs)[0]), ((f"{record.kind}({axes})", wire),),
+                record.count, wire, seconds(wire), layout, layout, (),
+                (f"{op.rule}: {', '.join(names)} on {axes}",), op.primitive.name, record.source,
+                None, "no annotation was tried: the operation's own rule emits it",
+            )  # fmt: skip
+
+
+def _communicates(
+    inspector: Inspector, record: Collective
+) -> tuple[Compute, list[str]] | None:
+    """The operation whose own collective a record is, and its dims on these axes."""
+    for computes in inspector.computes.values():
+        compute = computes[0][0]
+        op = compute.op
+        if op.control is None and op.rule.local and _jax.source_of(op.eqn) == record.source:
+            factors = compute.assignment.factors
+            names = [n for n, axes in factors if set(axes) & set(record.axes)]
+            if names:
+                return compute, names
+    return None
+
+
+def _is_asked(asked: str | Collective, record: Collective) -> bool:
+    if isinstance(asked, Collective):
+        return asked == record
+    kind = _kind(asked)
+    if kind is not None:
+        return record.kind == kind[0] and kind[1] in (None, record.axes)
+    return _at_line(asked, record.source)
+
+
+def _emits(move: Move, kind: str, axes: tuple[str, ...] | None) -> bool:
+    """JAX has no collective for products: they are reduced by gathering them."""
+    return any(
+        (s.kind == kind or (s.kind == "all_reduce" and s.monoid == "mul" and kind == "all_gather"))
+        and axes in (None, s.axes)
+        for s in move.plan.steps
+    )
+
+
+def _emitted_at(move: Move) -> str:
+    """The source line that a move's collectives carry; '' for those of an argument."""
+    op = move.reason or move.value.op
+    return _jax.source_of(op.eqn) if op is not None else ""
+
+
+def _at_line(asked: str, source: str) -> bool:
+    return bool(source) and same_line(asked, source)
+
+
+def _text(asked: Any) -> str:
+    if isinstance(asked, Collective):
+        return f"{asked.kind}({'+'.join(asked.axes)}) at {asked.source or 'unknown source'}"
+    return str(asked)
+
+
+def _no_collective(inspector: Inspector, asked: Any) -> Problem:
+    steps = [s for m, _ in inspector.moves for s in m.plan.steps if s.bytes]
+    have = sorted({f"{s.kind}({'+'.join(s.axes)})" for s in steps})
+    return Problem(
+        f"no collective for {_text(asked)}",
+        f"the program has {', '.join(have) or 'none'}",
+        "ask for a record of .collectives, a kind such as all_reduce(tensor), a value that is "
+        "moved, or a source line",
+    )
