@@ -28,8 +28,12 @@ RESULTS = Path("cost_model_results.json")
 APART = 0.10  # alternatives closer than this have no better one
 
 
-def run(key: str) -> dict[str, Any]:
-    """Predicts and compiles one program; plain values."""
+def run(key: str, before: dict[str, Any] | None) -> dict[str, Any]:
+    """Predicts and compiles one program; plain values.
+
+    Args:
+      before: an earlier result, of which what the compiler said is kept.
+    """
     from spmd.ahead.libtpu import prepare
 
     prepare()
@@ -48,19 +52,24 @@ def run(key: str) -> dict[str, Any]:
     planned = time.perf_counter()
     report = spmd.report(partitioned, machine=machine)
     predicted = time.perf_counter()
-    found = aot_partitioned(partitioned, layout)
+    if before is None:
+        found = aot_partitioned(partitioned, layout)
+        compiled = {
+            "fits": found.fits, "peak": found.needed_bytes, "seconds": found.step_seconds,
+            "exposed": found.schedule.exposed if found.schedule else None,
+            "took": time.perf_counter() - predicted, "versions": found.versions,
+        }  # fmt: skip
+    else:
+        compiled = before["compiled"]
     return {
         "family": program.family,
         "name": program.name,
         "topology": program.topology,
-        "fits": found.fits,
-        "peak": {"predicted": report.memory.peak, "compiled": found.needed_bytes},
-        "seconds": {"predicted": report.seconds, "compiled": found.step_seconds},
-        "exposed": {"predicted": report.exposed,
-                    "compiled": found.schedule.exposed if found.schedule else None},
-        "wire_bytes": report.wire_bytes,
-        "phases": {"plan": planned - started, "predict": predicted - planned,
-                   "compile": time.perf_counter() - predicted},
+        "predicted": {"peak": report.memory.peak, "seconds": report.seconds,
+                      "exposed": report.exposed, "wire_bytes": report.wire_bytes,
+                      "took": predicted - planned},
+        "compiled": compiled,
+        "planning_took": planned - started,
     }  # fmt: skip
 
 
@@ -93,34 +102,35 @@ def run_on_cpu(only: str, repeats: int = 7) -> dict[str, Any]:
             jax.block_until_ready(compiled(*inputs))
             runs[program.key] = (compiled, inputs)
             results[program.key] = {
-                "family": program.family, "fits": True,
-                "seconds": {"predicted": report.seconds, "compiled": float("inf")},
-            }  # fmt: skip
+                "family": program.family,
+                "predicted": {"seconds": report.seconds},
+                "compiled": {"seconds": float("inf"), "fits": True},
+            }
         for _ in range(repeats):
             for key, (compiled, inputs) in runs.items():
                 started = time.perf_counter()
                 jax.block_until_ready(compiled(*inputs))
-                seconds = results[key]["seconds"]
-                seconds["compiled"] = min(seconds["compiled"], time.perf_counter() - started)
+                measured = results[key]["compiled"]
+                measured["seconds"] = min(measured["seconds"], time.perf_counter() - started)
     return results
 
 
-def error(pair: dict[str, float]) -> float:
-    return pair["predicted"] / pair["compiled"] - 1
+def error(result: dict[str, Any], what: str) -> float:
+    return result["predicted"][what] / result["compiled"][what] - 1
 
 
 def pairs(results: dict[str, Any]) -> list[tuple[str, str, bool]]:
     """(faster by the compiler, slower, whether the cost model agrees), of alternatives that
     differ."""
     found = []
-    fitting = [(key, r) for key, r in results.items() if r["fits"]]
+    fitting = [(key, r) for key, r in results.items() if r["compiled"]["fits"]]
     for (a, x), (b, y) in itertools.combinations(fitting, 2):
         if x["family"] != y["family"]:
             continue
-        if x["seconds"]["compiled"] > y["seconds"]["compiled"]:
+        if x["compiled"]["seconds"] > y["compiled"]["seconds"]:
             (a, x), (b, y) = (b, y), (a, x)
-        if y["seconds"]["compiled"] > (1 + APART) * x["seconds"]["compiled"]:
-            agrees = x["seconds"]["predicted"] < y["seconds"]["predicted"]
+        if y["compiled"]["seconds"] > (1 + APART) * x["compiled"]["seconds"]:
+            agrees = x["predicted"]["seconds"] < y["predicted"]["seconds"]
             found.append((a, b, agrees))
     return found
 
@@ -130,14 +140,14 @@ def table(results: dict[str, Any]) -> str:
         ("program", "machine", "peak GB", "compiled", "error", "step ms", "compiled", "error")
     ]
     for key, r in results.items():
-        peak, seconds = r["peak"], r["seconds"]
+        ours, compilers = r["predicted"], r["compiled"]
         times = ["-"] * 3
-        if r["fits"]:
-            times = [f"{seconds['predicted'] * 1e3:.1f}", f"{seconds['compiled'] * 1e3:.1f}",
-                     f"{error(seconds):+.0%}"]  # fmt: skip
+        if compilers["fits"]:
+            times = [f"{ours['seconds'] * 1e3:.1f}", f"{compilers['seconds'] * 1e3:.1f}",
+                     f"{error(r, 'seconds'):+.0%}"]  # fmt: skip
         rows.append((
-            key, r["topology"], f"{peak['predicted'] / 1e9:.2f}", f"{peak['compiled'] / 1e9:.2f}",
-            f"{error(peak):+.1%}", *times,
+            key, r["topology"], f"{ours['peak'] / 1e9:.2f}", f"{compilers['peak'] / 1e9:.2f}",
+            f"{error(r, 'peak'):+.1%}", *times,
         ))  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
@@ -145,7 +155,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def summary(results: dict[str, Any]) -> list[str]:
-    peaks = [abs(error(r["peak"])) for r in results.values()]
+    peaks = [abs(error(r, "peak")) for r in results.values()]
     within = sum(e <= 0.15 for e in peaks)
     worst = f"worst {max(peaks, default=0):.1%}"
     first = f"peak memory: {within} of {len(peaks)} within 15 %, {worst}"
@@ -170,19 +180,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="REGEX", help="only programs that match")
     parser.add_argument("--out", type=Path, default=RESULTS, help="results file")
     parser.add_argument("--again", action="store_true", help="also what the results file has")
+    parser.add_argument("--predict", action="store_true",
+                        help="predict all again, and keep what the compiler said")  # fmt: skip
     parser.add_argument("--table", action="store_true", help="print the results file and end")
     parser.add_argument("--cpu", action="store_true", help="time on 8 simulated devices instead")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.one:
-        options.out.write_text(json.dumps(run(options.one)))
+        before = json.loads(options.out.read_text()) if options.out.exists() else None
+        options.out.write_text(json.dumps(run(options.one, before)))
         return 0
     if options.cpu:
         results = run_on_cpu(options.only)
         for key, r in results.items():
-            seconds = r["seconds"]
-            print(f"{key:30s} predicted {seconds['predicted'] * 1e3:8.1f} ms, "
-                  f"measured {seconds['compiled'] * 1e3:8.1f} ms")  # fmt: skip
+            times = [r[by]["seconds"] * 1e3 for by in ("predicted", "compiled")]
+            print("{:30s} predicted {:8.1f} ms, measured {:8.1f} ms".format(key, *times))
         print("\n".join(order(results)))
         return 0
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
@@ -199,10 +211,13 @@ def _run_missing(options: argparse.Namespace, results: dict[str, Any]) -> list[s
     wanted = [p.key for p in PROGRAMS if re.search(options.only, p.key)]
     failed = []
     for number, key in enumerate(wanted, 1):
-        if key in results and not options.again:
+        if options.predict if key not in results else not (options.again or options.predict):
             continue
         print(f"{number}/{len(wanted)} {key}", file=sys.stderr, flush=True)
         part = options.out.with_suffix(".part")
+        part.unlink(missing_ok=True)
+        if options.predict:
+            part.write_text(json.dumps(results[key]))
         command = [sys.executable, "-m", "benchmarks.cost_model", "--one", key, "--out", str(part)]
         if subprocess.run(command, check=False).returncode:
             failed.append(key)

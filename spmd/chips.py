@@ -46,6 +46,8 @@ class Chip:
       wrap: "full" wraps a dim of `pod` chips, "cubes" all dims if all are multiples of 4.
       pod: chips along a dim that is wrapped around, for `wrap="full"`.
       node: devices in a node, for GPUs.
+      overlaps: kinds of collectives that XLA runs beside computation, with its default options,
+        in a program with explicit collectives; all others hold the device up.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Chip:
     wrap: str = ""
     pod: int = 0
     node: int = 0
+    overlaps: frozenset[str] = frozenset()
 
     def peak(self, dtype: str) -> float:
         """FLOP/s of matmuls in `dtype`, e.g. "bfloat16".
@@ -84,6 +87,13 @@ class Chip:
         return known[dtype]
 
 
+# Of compiled programs, libtpu 0.0.42: all TPUs start permutes ahead, v5e all-gathers too.
+_TPU = frozenset(("permute",))
+_V5E = _TPU | {"all_gather"}
+# NCCL runs on streams of its own.
+_GPU = frozenset(("permute", "all_gather", "all_reduce", "reduce_scatter", "all_to_all"))
+
+
 def _tpu(
     name: str, kind: str, rank: int, bf16: float, int8: float, hbm: int, usable: float,
     hbm_bandwidth: float, link: float, clock: float, wrap: str, pod: int, host: int,
@@ -95,7 +105,8 @@ def _tpu(
     # DCN: 2.5e10 bytes/s per host (book), which the devices of the host share.
     dcn = 2.5e10 / (host * cores)
     return Chip(name, "tpu", kind, rank, cores, rates, hbm * GiB, usable * GiB, hbm_bandwidth,
-                link, dcn, clock=clock, wrap=wrap, pod=pod)  # fmt: skip
+                link, dcn, clock=clock, wrap=wrap, pod=pod,
+                overlaps=_V5E if name == "v5e" else _TPU)  # fmt: skip
 
 
 def _gpu(name: str, bf16: float, tf32: float, hbm: float, bandwidth: float, links: float,
@@ -105,7 +116,7 @@ def _gpu(name: str, bf16: float, tf32: float, hbm: float, bandwidth: float, link
         rates.append(("float8", 2 * bf16))
     # JAX preallocates 75 % of the memory by default; a program may be given up to about 95 %.
     return Chip(name, "gpu", f"NVIDIA {name.upper()}", 0, 1, tuple(rates), hbm, 0.95 * hbm,
-                bandwidth, links, network, network_latency=5e-6, node=8)  # fmt: skip
+                bandwidth, links, network, network_latency=5e-6, node=8, overlaps=_GPU)  # fmt: skip
 
 
 # Per device: peak and memory (cloud), memory that libtpu 0.0.42 leaves to a program (as its error

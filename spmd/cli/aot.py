@@ -9,30 +9,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from sharding.errors import Problem
-from spmd.cli.load import UsageError, call, load, read_arguments, read_mesh
+from spmd.cli import program
+from spmd.cli.load import read_mesh
+from spmd.cli.write import check_writable
 
 NAME = "aot"
 HELP = "compile for a TPU topology, without a TPU: memory, collectives, predicted time"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("function", metavar="MODULE:FUNCTION", help="written as for one device")
-    parser.add_argument(
-        "--args", required=True, metavar="MODULE:FUNCTION",
-        help="returns the abstract arguments: a tuple, or (args, kwargs)",
-    )  # fmt: skip
-    parser.add_argument("--mesh", required=True, metavar="AXES", help="data=16,tensor=4")
+    program.add_arguments(parser)
     parser.add_argument("--topology", required=True, help="v5p:4x4x4, v3:32x32, v5e:16x16*2 ...")
-    parser.add_argument(
-        "--options", metavar="MODULE:FUNCTION",
-        help="returns a dict of options of spmd.jit: in_shardings, axis_rules, donate_argnums ...",
-    )  # fmt: skip
     parser.add_argument("--model-flops", type=float, help="FLOPs of a call, for the utilisation")
     parser.add_argument("--json", metavar="FILE", help="write everything that is printed, and more")
 
@@ -43,16 +34,11 @@ def run(given: argparse.Namespace) -> int:
 
     mesh, machine = read_mesh(given.mesh), Machine.parse(given.topology)
     machine.lay(mesh)  # says what is wrong with the mesh before anything is imported or compiled
-    _check_writable(given.json)
-    function = load("", given.function)
-    if not callable(function):
-        why = f"it is a {type(function).__name__}"
-        raise UsageError(Problem(given.function, why, "name a function"))
-    args, kwargs = read_arguments("--args", given.args)
-    options = _options(given.options) if given.options else {}
+    check_writable("--json", given.json)
+    asked = program.read(given)
     found = with_progress(
-        function, *args, mesh=mesh, topology=machine, kwargs=kwargs,
-        model_flops=given.model_flops, **options,
+        asked.function, *asked.args, mesh=mesh, topology=machine, kwargs=asked.kwargs,
+        model_flops=given.model_flops, **asked.options,
     )  # fmt: skip
     print(found)
     if given.json:
@@ -74,19 +60,3 @@ def with_progress(function: Any, *args: Any, **options: Any) -> Any:
     took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in found.phases)
     print(took, file=sys.stderr)
     return found
-
-
-def _options(text: str) -> dict[str, Any]:
-    found = call("--options", text)
-    taken = {"mesh", "topology", "kwargs", "model_flops", "progress"}
-    if not isinstance(found, dict) or taken & set(found):
-        why = f"it returns {type(found).__name__ if not isinstance(found, dict) else sorted(found)}"
-        fix = "return a dict of options of spmd.jit, such as in_shardings, without the mesh"
-        raise UsageError(Problem(f"--options {text}", why, fix))
-    return found
-
-
-def _check_writable(path: str | None) -> None:
-    if path is not None and not Path(path).absolute().parent.is_dir():
-        why = f"the folder {Path(path).absolute().parent} does not exist"
-        raise UsageError(Problem(f"--json {path}", why, "name a file in a folder that exists"))

@@ -14,9 +14,9 @@ from types import ModuleType
 from rich.console import Console
 
 from sharding.errors import SpmdError
-from spmd.cli import aot, plan, report
+from spmd.cli import aot, explain, plan, report
 
-COMMANDS: tuple[ModuleType, ...] = (aot, plan, report)
+COMMANDS: tuple[ModuleType, ...] = (explain, report, plan, aot)
 
 
 def main(argv: list[str]) -> int:

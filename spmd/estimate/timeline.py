@@ -1,7 +1,8 @@
 """Time over the program, by roofline: when every instruction runs, and what communication hides.
 
-One device computes one line after another. A collective runs beside it from the moment its value
-is there until somebody needs the result; what is left to wait for then is exposed. Links of
+One device computes one line after another. A collective of a kind that the chip's compiler makes
+asynchronous (`Chip.overlaps`) runs beside that from the moment its value is there until somebody
+needs the result; what is left to wait for then is exposed, and all of every other one. Links of
 different mesh axes work at the same time.
 """
 
@@ -52,21 +53,19 @@ class Timeline:
 
 
 def timeline(
-    plan: ProgramPlan, lines: tuple[Line, ...], kept: Held, machine: Machine,
-    overlap: bool = True,
-) -> Timeline:  # fmt: skip
+    plan: ProgramPlan, lines: tuple[Line, ...], kept: Held, machine: Machine
+) -> Timeline:
     """Predicts when every line of a plan runs.
 
     Args:
       kept: `held(plan, lines)`: what is fused takes no memory traffic of its own.
       machine: with as many devices as the mesh.
-      overlap: collectives run beside computation.
 
     Raises:
       MeshError: the mesh does not fit the machine.
     """
     layout = machine.lay(plan.mesh)
-    clock = _Clock(kept, machine.chip, layout, overlap)
+    clock = _Clock(kept, machine.chip, layout)
     spans: list[Span] = [Span()] * len(lines)
     children: dict[int, list[Line]] = {}
     for line in lines:
@@ -119,8 +118,8 @@ class _Region:
 
 
 class _Clock:
-    def __init__(self, kept: Held, chip: Chip, layout: MachineLayout, overlap: bool):
-        self.kept, self.chip, self.layout, self.overlap = kept, chip, layout, overlap
+    def __init__(self, kept: Held, chip: Chip, layout: MachineLayout):
+        self.kept, self.chip, self.layout = kept, chip, layout
 
     def run(
         self, body: Sequence[Line], children: dict[int, list[Line]], spans: list[Span]
@@ -134,7 +133,7 @@ class _Clock:
                 region.wait(needed)
                 region.now += self.region(line, children, spans)
                 done = _Done(region.now)
-            elif line.wires and self.overlap and isinstance(line.instruction, Move):
+            elif line.wires and self.runs_beside(line):
                 done = region.transfer(line, needed, self.wired(line))
             elif line.wires:
                 region.wait(needed)
@@ -160,6 +159,11 @@ class _Clock:
         if not inner:
             return 0.0
         return inner[0].trips / max(line.trips, 1) * self.run(inner, children, spans)
+
+    def runs_beside(self, line: Line) -> bool:
+        """Whether its collectives are started, and waited for later."""
+        reshard = isinstance(line.instruction, Move)
+        return reshard and all(w.kind in self.chip.overlaps for w in line.wires)
 
     def wired(self, line: Line) -> float:
         """Seconds of the collectives of one run."""

@@ -79,7 +79,7 @@ def aot(function=f"{CASE}:step", args=f"{CASE}:shapes", mesh="data=8,tensor=4", 
         (
             [*aot(), "--options", f"{CASE}:no_options"],
             f"--options {CASE}:no_options\n"
-            "  why: it returns ['mesh']\n"
+            "  why: it returns mesh, which is not given there\n"
             "  fix: return a dict of options of spmd.jit, such as in_shardings, without the mesh",
         ),
     ],

@@ -57,7 +57,7 @@ def test_files_are_written_and_compared(tmp_path, capsys) -> None:
         ),
         (
             report("--options", f"{CASE}:no_options"),
-            f"--options {CASE}:no_options\n  why: it returns a mesh\n"
+            f"--options {CASE}:no_options\n  why: it returns mesh, which is not given there\n"
             "  fix: return a dict of options of spmd.jit, such as in_shardings, without the mesh",
         ),
         (

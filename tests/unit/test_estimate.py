@@ -45,9 +45,9 @@ def peak(stage: Partitioned, donated: Any = ()) -> float:
     return liveness.peak_bytes(stage.plan, donated) / MIB
 
 
-def times(stage: Partitioned, machine: str, overlap: bool = True) -> Timeline:
+def times(stage: Partitioned, machine: str) -> Timeline:
     found = lines(stage.plan)
-    return timeline(stage.plan, found, held(stage.plan, found), Machine.parse(machine), overlap)
+    return timeline(stage.plan, found, held(stage.plan, found), Machine.parse(machine))
 
 
 # --- work ---------------------------------------------------------------------------------------
@@ -226,14 +226,15 @@ def test_a_collective_hides_under_work_that_does_not_need_it() -> None:
     stage = partition(_gathered, *args, mesh={"x": 4}, specs=(P("x"), P(), P("x")),
                       out_shardings=(P("x"), P()))  # fmt: skip
     assert [c.kind for c in stage.collectives] == ["all_reduce"]
-    hidden, exposed = times(stage, "v5e:2x2"), times(stage, "v5e:2x2", overlap=False)
-    wire = [s.wire for s in hidden.spans if s.wire]
-    assert sum(s.exposed for s in exposed.spans) == pytest.approx(sum(wire))
-    assert hidden.seconds < exposed.seconds
     found = lines(stage.plan)
-    total = sum((s.compute + s.exposed) * line.trips
-                for s, line in zip(hidden.spans, found, strict=True))  # fmt: skip
-    assert hidden.seconds == pytest.approx(total)
+    # GPUs reduce beside computation; with its default options XLA does not on TPUs.
+    beside, before = times(stage, "h100:4"), times(stage, "v5e:2x2")
+    assert sum(s.exposed for s in beside.spans) < sum(s.wire for s in beside.spans)
+    assert [s.exposed for s in before.spans] == [s.wire for s in before.spans]
+    for result in (beside, before):
+        total = sum((s.compute + s.exposed) * line.trips
+                    for s, line in zip(result.spans, found, strict=True))  # fmt: skip
+        assert result.seconds == pytest.approx(total)
 
 
 def test_a_collective_that_is_needed_at_once_is_exposed() -> None:
@@ -263,10 +264,10 @@ def test_exposed_time_is_no_longer_than_the_transfer() -> None:
         return jnp.tanh(x.sum(0)) + jnp.tanh((x * x).sum(0))
 
     stage = partition(f, shape(64, 65536), mesh={"x": 4}, specs=(P("x"),))
-    spans = times(stage, "v5e:2x2").spans
+    spans = times(stage, "h100:4").spans
     assert [s.wire > 0 for s in spans].count(True) == 2
     assert all(s.exposed <= s.wire * (1 + 1e-9) for s in spans)
     found = lines(stage.plan)
     total = sum((s.compute + s.exposed) * line.trips
                 for s, line in zip(spans, found, strict=True))  # fmt: skip
-    assert times(stage, "v5e:2x2").seconds == pytest.approx(total)
+    assert times(stage, "h100:4").seconds == pytest.approx(total)
