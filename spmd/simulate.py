@@ -74,12 +74,18 @@ def accelerators(environ: Mapping[str, str] | None = None) -> str:
     for platform in platforms:
         if platform in _PLATFORM_KINDS:
             return _PLATFORM_KINDS[platform]
-    if any(environ.get(name) for name in _TPU_VARIABLES):
+    if any(_says_something(environ.get(name, "")) for name in _TPU_VARIABLES):
         return "tpu"
     for kind, patterns in _DEVICE_FILES.items():
         if any(glob.glob(pattern) for pattern in patterns):
             return kind
     return ""
+
+
+def _says_something(text: str) -> bool:
+    """Where libtpu finds no TPU it writes a warning into these variables, which child processes
+    inherit."""
+    return bool(text) and not text.startswith("WARNING")
 
 
 def _backend_started() -> bool:

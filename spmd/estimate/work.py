@@ -179,7 +179,7 @@ def flops(instruction: Compute, mesh: MeshShape, whole: MeshShape) -> Flops:
     size = local = shards = 1.0
     for name, factor in rule.factors.items():
         k = axes_size(mesh, factors.get(name, ()))
-        if factor.kind is not Kind.FIXED or _iterates(rule, name):
+        if factor.kind is not Kind.FIXED:  # the rule's own count has what these run over
             size *= factor.size
             local *= -(-factor.size // k)
             shards *= k
@@ -190,11 +190,6 @@ def flops(instruction: Compute, mesh: MeshShape, whole: MeshShape) -> Flops:
     if instruction.op.recomputed:
         return Flops(0.0, 0.0, 0.0, local).times(rule.flops)
     return Flops(share, max(even - share, 0.0), max(local - even, 0.0)).times(rule.flops)
-
-
-def _iterates(rule: Any, name: str) -> bool:
-    """A dim that must be whole is iterated over all the same, where a result has it."""
-    return any(t >= len(rule.operands) for t, _ in rule.where[name])
 
 
 def _elements(instruction: Compute) -> int:

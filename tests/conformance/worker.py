@@ -19,6 +19,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
     os.environ["SPMD_VERIFY"] = "1"
+    os.environ["JAX_PLATFORMS"] = "cpu"  # whatever the parent has
     # Threads of LAPACK on every device at once wait for each other by spinning: 100 times slower.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     from spmd.simulate import simulate

@@ -19,6 +19,7 @@ from spmd.hardware import Machine
 from spmd.stages import Partitioned
 
 F32 = jnp.float32
+NHWC = ("NHWC", "HWIO", "NHWC")
 MIB = 2**20
 
 
@@ -93,6 +94,18 @@ def test_a_loop_counts_as_often_as_it_runs() -> None:
 
     stage = partition(f, shape(64, 32), shape(32, 32), mesh={"x": 4}, specs=(P("x"), P()))
     assert flops(stage)[:2] == [5 * 2 * 64 * 32 * 32 / 4, 0]
+
+
+def test_the_three_convolutions_of_a_step_do_the_same_work() -> None:
+    def loss(x, k):
+        y = lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=NHWC)
+        return jnp.sum(y * y)
+
+    args = (shape(8, 16, 16, 4), shape(3, 3, 4, 6))
+    stage = partition(jax.grad(loss, (0, 1)), *args, mesh={"x": 4}, specs=(P("x"), P()))
+    found = [line.flops.total for line in lines(stage.plan) if line.op and line.flops.total
+             and line.op.primitive is lax.conv_general_dilated_p]  # fmt: skip
+    assert found == [2 * 8 * 16 * 16 * 6 * 4 * 9 / 4] * 3
 
 
 def _conv(x, k):
