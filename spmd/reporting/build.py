@@ -11,9 +11,8 @@ from sharding.mesh import MeshShape
 from sharding.op import type_text
 from sharding.program import describe
 from spmd.estimate import liveness
-from spmd.estimate.fusion import held
 from spmd.estimate.timeline import Span, Timeline, timeline
-from spmd.estimate.work import Line, key_bytes, lines
+from spmd.estimate.work import Line, key_bytes
 from spmd.hardware import Machine
 from spmd.partition.plan import Compute, Diagnostic, Key, Move, ProgramPlan
 from spmd.reporting.model import (
@@ -47,13 +46,11 @@ def build(
     Raises:
       MeshError: the mesh does not fit the machine.
     """
-    found = lines(plan)
     if machine is not None:
         into_dots = machine.chip.family == "tpu"
-    kept = held(plan, found, into_dots)
+    found, kept, profile = liveness.ordered(plan, donated, into_dots)
     times = timeline(plan, found, kept, machine) if machine is not None else None
     spans = times.spans if times is not None else (Span(),) * len(found)
-    profile = liveness.profile(plan, found, donated, kept)
     flops = _flops(found)
     seconds = times.seconds if times is not None else 0.0
     return Report(

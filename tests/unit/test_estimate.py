@@ -197,6 +197,15 @@ def test_contractions_take_elementwise_operands_in_on_tpus_alone() -> None:
     assert liveness.peak_bytes(stage.plan, into_dots=False) == 4 * MIB
 
 
+def test_what_can_be_used_up_first_is_not_held() -> None:
+    def f(x):  # four products that the program makes first, and sums up later
+        made = [x @ x for _ in range(4)]
+        return [(y @ x).sum() for y in made]
+
+    stage = partition(f, shape(512, 512), mesh={"x": 1})
+    assert peak(stage) == pytest.approx(3, abs=0.01)  # x, a product, and its product with x
+
+
 def test_the_profile_names_what_is_held() -> None:
     stage = partition(lambda x: (x @ x) @ x, shape(512, 512), mesh={"x": 1})
     found = lines(stage.plan)
