@@ -142,8 +142,8 @@ def test_collectives_of_local_functions_are_those_of_the_program(name: str) -> N
 
 def test_collectives_of_manual_regions_are_those_of_the_program() -> None:
     def f(x):
-        return jax.shard_map(lambda x: lax.psum(x, "x"), in_specs=P("x"), out_specs=P(),
-                             mesh=AbstractMesh((4,), ("x",)))(x)  # fmt: skip
+        summed = jax.shard_map(lambda x: lax.psum(x, "x"), in_specs=P("x"), out_specs=P())
+        return summed(x)
 
     stage = partition(f, shape(64, 8), mesh={"x": 4})
     assert totals(lines(stage.plan)) == {("all_reduce", ("x",)): (1, 2 * 16 * 8 * 4 * 3 / 4)}
