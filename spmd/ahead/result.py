@@ -13,6 +13,9 @@ from spmd.ahead.schedule import Schedule, Transfer
 __all__ = ["Ahead"]
 
 
+_SMALL = 1e-4  # of the memory that is needed: smaller buffers are not printed
+
+
 @dataclass(frozen=True)
 class Ahead:
     """A program compiled for a TPU that nobody has to have.
@@ -88,7 +91,8 @@ class Ahead:
             f"{verdict}: {needed} of {available} per device",
             "largest buffers",
         ]
-        return lines + [f"  {buffer}" for buffer in self.buffers[:8]]
+        shown = [b for b in self.buffers[:8] if b.bytes >= _SMALL * self.needed_bytes]
+        return lines + [f"  {buffer}" for buffer in shown]
 
     def _time(self) -> list[str]:
         if self.schedule is None:
