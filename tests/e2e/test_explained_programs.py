@@ -161,7 +161,7 @@ def test_a_large_program_is_explained_at_once() -> None:
     (first,) = partitioned.explain("result").values
     indexed = time.process_time()
     partitioned.explain("%101")
-    line = partitioned.explain(f"test_explain.py:{deep.__code__.co_firstlineno + 2}")
+    line = partitioned.explain(f"test_explained_programs.py:{deep.__code__.co_firstlineno + 2}")
     done = time.process_time()
     # From x through an addition and a product in each step.
     assert len(first.history.chains[0].steps) == 3001
