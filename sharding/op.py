@@ -32,6 +32,11 @@ class Value:
     def dtype(self) -> Any:
         return getattr(self.aval, "dtype", None)
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element; of a random key, of its words."""
+        return getattr(self.dtype, "itemsize", 4)
+
     def __str__(self) -> str:
         return self.name or f"%{self.id}"
 

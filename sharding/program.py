@@ -7,6 +7,7 @@ bodies as regions. Shapes are global. Everything after this stage reads the Prog
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import Any
 
 from sharding import _jax
@@ -208,11 +209,8 @@ def _below(scope: Scope, eqn: Any) -> str:
 
 
 def value_bytes(value: Value) -> int:
-    """Global size in bytes; an extended dtype (a random key) counts its element size."""
-    count = 1
-    for n in value.shape:
-        count *= n
-    return count * getattr(value.dtype, "itemsize", 4)
+    """Global size in bytes."""
+    return prod(value.shape) * value.itemsize
 
 
 def describe(value: Value) -> str:

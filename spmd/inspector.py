@@ -16,8 +16,8 @@ from sharding.spec import Layout
 from spmd.arguments import output_names
 from spmd.explanation import Alternative, Explanation, Placed, ValueExplanation
 from spmd.partition.choose import makes, needs, weighed
-from spmd.partition.plan import Assignment, Compute, Move
-from spmd.partition.reshard import local_bytes, plan
+from spmd.partition.plan import Assignment, Compute, Key, Move
+from spmd.partition.reshard import plan
 
 # An unrolled loop makes thousands of values at one source line.
 MOST = 64
@@ -128,7 +128,7 @@ class Inspector:
 
     def place(self, value: Value, layout: Layout, made_by: str, wire: float) -> Placed:
         shape = layout.local_shape(value.shape, self.mesh)
-        held = local_bytes(layout, value.shape, getattr(value.dtype, "itemsize", 4), self.mesh)
+        held = Key(value, layout).local_bytes(self.mesh)
         return Placed(str(layout), shape, held, made_by, wire)
 
     def alternatives(self, value: Value) -> tuple[Alternative, ...]:

@@ -21,10 +21,16 @@ class Held(NamedTuple):
     Attributes:
       writes: line -> values that it writes to memory.
       reads: line -> values in memory that it reads, directly or through what is fused into it.
+      same: value that an identity makes -> the value in memory that it is.
     """
 
     writes: tuple[tuple[Key, ...], ...]
     reads: tuple[tuple[Key, ...], ...]
+    same: Mapping[Name, Key]
+
+    def memory_of(self, key: Key) -> Name:
+        """What has to be held for a value to be there."""
+        return name(self.same.get(name(key), key))
 
 
 def name(key: Key) -> Name:
@@ -41,6 +47,7 @@ def held(plan: ProgramPlan, lines: tuple[Line, ...], into_dots: bool = True) -> 
     readers = _readers(lines)
     leaving = set(_leaving(plan.body))
     roots: dict[Name, tuple[Key, ...]] = {}
+    same: dict[Name, Key] = {}
     writes: list[tuple[Key, ...]] = []
     reads: list[tuple[Key, ...]] = []
     for line in lines:
@@ -52,9 +59,14 @@ def held(plan: ProgramPlan, lines: tuple[Line, ...], into_dots: bool = True) -> 
         sources = tuple(found.values())
         kept = []
         for key in line.writes:
-            inside = name(key) not in leaving and len(sources) <= _MOST_ROOTS
-            if _identity(line) or (
+            inside = name(key) not in leaving
+            if _identity(line) and (whole := _itself(line.reads[0], roots, same)):
+                roots[name(key)], same[name(key)] = sources, whole
+            elif _identity(line) and inside:
+                roots[name(key)] = sources
+            elif (
                 inside
+                and len(sources) <= _MOST_ROOTS
                 and fusible(line)
                 and _absorbed(line, readers.get(name(key), ()), into_dots)
             ):
@@ -63,7 +75,12 @@ def held(plan: ProgramPlan, lines: tuple[Line, ...], into_dots: bool = True) -> 
                 kept.append(key)
         writes.append(tuple(kept))
         reads.append(sources)
-    return Held(tuple(writes), tuple(reads))
+    return Held(tuple(writes), tuple(reads), same)
+
+
+def _itself(key: Key, roots: Mapping[Name, object], same: Mapping[Name, Key]) -> Key | None:
+    """The value in memory that a value is, unless it is fused into its readers."""
+    return same.get(name(key), None if name(key) in roots else key)
 
 
 # A fusion of more operands than this is split by compilers.
@@ -116,7 +133,5 @@ def _takes_in(reader: Line, into_dots: bool) -> bool:
     found = reader.instruction
     if isinstance(found, Move) or found.regions or reader.wires or found.op.rule.local is not None:
         return False
-    rule = found.op.rule
-    contracts = rule.flops > 1 and len(rule.operands) > 1
-    reduces = any(f.kind is Kind.REDUCE for f in rule.factors.values())
-    return reduces and (into_dots or not contracts)
+    reduces = any(f.kind is Kind.REDUCE for f in found.op.rule.factors.values())
+    return reduces and (into_dots or not reader.contracts)

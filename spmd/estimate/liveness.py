@@ -11,7 +11,7 @@ from typing import NamedTuple
 from sharding.spec import Layout
 from spmd.estimate.fusion import Held, Name, fusible, held, name
 from spmd.estimate.schedule import scheduled
-from spmd.estimate.work import Line, key_bytes, lines
+from spmd.estimate.work import Line, lines
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan
 
 
@@ -104,9 +104,9 @@ class _Allocation:
             if writes:
                 self.write(line, writes)
             self.enter(line)
-        for key in self.plan.body.outputs:
-            if name(key) in self.buffers:
-                self.buffers[name(key)] = self.buffers[name(key)]._replace(result=True)
+        for found in map(self.kept.memory_of, self.plan.body.outputs):
+            if found in self.buffers:
+                self.buffers[found] = self.buffers[found]._replace(result=True)
         return [*self.done, *self.buffers.values()]
 
     def arguments(self) -> None:
@@ -115,11 +115,11 @@ class _Allocation:
             key = Key(value, layout)
             free = i < len(self.donated) and self.donated[i]
             end = self.ends.get(name(key), 0) if free else count
-            size = key_bytes(key, region.mesh)
+            size = key.local_bytes(region.mesh)
             self.buffers[name(key)] = Buffer(key, size, 0, end, i)
         for value in region.region.consts:
             key = Key(value, Layout(((),) * value.rank))
-            self.buffers.setdefault(name(key), Buffer(key, key_bytes(key, region.mesh), 0, count))
+            self.buffers.setdefault(name(key), Buffer(key, key.local_bytes(region.mesh), 0, count))
 
     def _ends(self) -> Mapping[Name, int]:
         """Where a value is needed last: after its last reader, or where its region ends."""
@@ -131,15 +131,15 @@ class _Allocation:
             found = line.instruction
             for region in found.regions if isinstance(found, Compute) else ():
                 for key in region.outputs:
-                    ends[name(key)] = self.after[line.index]
+                    ends[self.kept.memory_of(key)] = self.after[line.index]
         for key in self.plan.body.outputs:
-            ends[name(key)] = len(self.lines) + 1
+            ends[self.kept.memory_of(key)] = len(self.lines) + 1
         return ends
 
     def write(self, line: Line, writes: Sequence[Key]) -> None:
         free = self.ending(line)
         for key in writes:
-            size = key_bytes(key, line.mesh)
+            size = key.local_bytes(line.mesh)
             end = max(self.ends.get(name(key), 0), line.index + 1)
             place = next((b for b in free if b.bytes == size or name(b.key) in self.aliases), None)
             if place is None:
@@ -189,7 +189,6 @@ def _after(lines: tuple[Line, ...]) -> list[int]:
         if line.parent >= 0:
             after[line.parent] = max(after[line.parent], after[line.index])
     return after
-
 
 
 class Ordered(NamedTuple):

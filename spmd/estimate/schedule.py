@@ -8,7 +8,7 @@ import heapq
 from collections.abc import Mapping, Sequence
 
 from spmd.estimate.fusion import Held, Name, name
-from spmd.estimate.work import Line, key_bytes
+from spmd.estimate.work import Line
 from spmd.partition.plan import Compute, ProgramPlan, RegionPlan
 
 
@@ -50,7 +50,7 @@ class _Backwards:
 
     def __init__(self, region: RegionPlan, body: Sequence[Line], kept: Held):
         self.body, self.kept = body, kept
-        self.live: set[Name] = {name(key) for key in region.outputs}
+        self.live: set[Name] = {kept.memory_of(key) for key in region.outputs}
         writer = {name(key): line.index for line in body for key in line.writes}
         self.makers = {
             line.index: {writer[name(k)] for k in line.reads if name(k) in writer}
@@ -95,9 +95,9 @@ class _Backwards:
     def growth(self, index: int) -> int:
         """Bytes held before the line, less those held after it, in steps that matter."""
         line = self.lines[index]
-        more = sum(key_bytes(k, line.mesh) for k in self.kept.reads[index]
+        more = sum(k.local_bytes(line.mesh) for k in self.kept.reads[index]
                    if name(k) not in self.live)  # fmt: skip
-        less = sum(key_bytes(k, line.mesh) for k in self.kept.writes[index]
+        less = sum(k.local_bytes(line.mesh) for k in self.kept.writes[index]
                    if name(k) in self.live)  # fmt: skip
         return round((more - less) / _STEP)
 

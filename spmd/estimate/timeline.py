@@ -14,7 +14,7 @@ import jax
 
 from spmd.chips import Chip
 from spmd.estimate.fusion import Held, Name, name
-from spmd.estimate.work import Line, key_bytes
+from spmd.estimate.work import Line
 from spmd.hardware import Machine, MachineLayout
 from spmd.partition.plan import Compute, Move, ProgramPlan
 
@@ -43,13 +43,11 @@ class Timeline:
       machine: the machine.
       seconds: of one call of the program.
       spans: per line, of one run of it.
-      layout: how the mesh lies on the machine.
     """
 
     machine: Machine
     seconds: float
     spans: tuple[Span, ...]
-    layout: MachineLayout
 
 
 def timeline(
@@ -71,7 +69,7 @@ def timeline(
     for line in lines:
         children.setdefault(line.parent, []).append(line)
     seconds = clock.run(children.get(-1, []), children, spans)
-    return Timeline(machine, seconds, tuple(spans), layout)
+    return Timeline(machine, seconds, tuple(spans))
 
 
 class _Done(NamedTuple):
@@ -176,17 +174,9 @@ class _Clock:
         """Seconds of the arithmetic or of the memory traffic, whichever is longer."""
         size = traffic(line, self.kept)
         seconds = size / self.chip.hbm_bandwidth
-        if line.flops.total and contracts(line):
+        if line.flops.total and line.contracts:
             seconds = max(seconds, line.flops.total / rate(line, self.chip))
         return seconds
-
-
-def contracts(line: Line) -> bool:
-    """Whether the matrix units do the work: contractions and convolutions."""
-    found = line.instruction
-    if not isinstance(found, Compute) or found.regions:
-        return False
-    return found.op.rule.flops > 1 and len(found.op.rule.operands) > 1
 
 
 def traffic(line: Line, kept: Held) -> float:
@@ -199,11 +189,11 @@ def traffic(line: Line, kept: Held) -> float:
     found = line.instruction
     if isinstance(found, Compute) and found.regions:
         return 0.0
-    sizes = [float(key_bytes(key, line.mesh)) for key in (*reads, *writes)]
+    sizes = [float(key.local_bytes(line.mesh)) for key in (*reads, *writes)]
     if not writes:
         return 0.0
     if isinstance(found, Compute) and not found.op.rule.flops and not found.op.rule.early:
-        data = [float(key_bytes(k, line.mesh)) for k in (*found.operands, *found.results)
+        data = [float(k.local_bytes(line.mesh)) for k in (*found.operands, *found.results)
                 if k.value.rank and k.value.dtype == found.results[0].value.dtype]  # fmt: skip
         return 2.0 * min(data, default=0.0)
     return sum(sizes)

@@ -100,6 +100,14 @@ class Line(NamedTuple):
         return found.results if isinstance(found, Compute) else (Key(found.value, found.dst),)
 
     @property
+    def contracts(self) -> bool:
+        """Whether the matrix units do the work: contractions and convolutions."""
+        found = self.instruction
+        if not isinstance(found, Compute) or found.regions:
+            return False
+        return found.op.rule.flops > 1 and len(found.op.rule.operands) > 1
+
+    @property
     def bytes(self) -> float:
         """Wire bytes of one run."""
         return sum(w.bytes for w in self.wires)
@@ -110,12 +118,6 @@ def lines(plan: ProgramPlan) -> tuple[Line, ...]:
     found: list[Line] = []
     _region(plan.body, -1, 1, plan.mesh, found, {})
     return tuple(found)
-
-
-def key_bytes(key: Key, mesh: MeshShape) -> int:
-    """Bytes of a value in a layout, on one device."""
-    itemsize = getattr(key.value.dtype, "itemsize", 4)
-    return prod(key.layout.local_shape(key.value.shape, mesh)) * itemsize
 
 
 def _region(

@@ -53,7 +53,7 @@ def own_gathers(
             if t >= len(operands):
                 continue
             value = op.inputs[t]
-            here = local_bytes(operands[t], value.shape, value.dtype.itemsize, mesh)
+            here = local_bytes(operands[t], value.shape, value.itemsize, mesh)
             wire = cost.all_gather(here * shards[name], shards[name])
             axes = "+".join(assignment.axes[name])
             text = (

@@ -14,9 +14,8 @@ from sharding.propagation import Propagated
 from sharding.spec import Layout
 from spmd.partition.addends import Addends
 from spmd.partition.conflicts import conflicts
-from spmd.partition.plan import Compute, Diagnostic, Move, ProgramPlan, RegionPlan
+from spmd.partition.plan import Compute, Diagnostic, Key, Move, ProgramPlan, RegionPlan
 from spmd.partition.replicated import Layouts, layouts_of, replicated
-from spmd.partition.reshard import local_bytes
 from spmd.partition.written import annotation_text
 
 LARGE = 1 << 20  # bytes, per device: held for nothing, or sent per call
@@ -62,7 +61,7 @@ def _padded(plan: ProgramPlan, layouts: Layouts) -> Iterator[Diagnostic]:
                 places = -(-n // shards) * shards
                 if n == places or places - n < PADDING * places:
                     continue
-                held = local_bytes(layout, value.shape, value.dtype.itemsize, plan.mesh)
+                held = Key(value, layout).local_bytes(plan.mesh)
                 waste = held * (places - n) / places
                 if waste >= LARGE and waste > worst.get((n, axes), (0.0,))[0]:
                     worst[n, axes] = (waste, value, d, layout)
@@ -172,8 +171,7 @@ def _unused(
     body = plan.body
     pairs = list(zip(body.region.inputs, body.inputs, strict=True))
     held = sum(
-        local_bytes(layout, v.shape, getattr(v.dtype, "itemsize", 4), plan.mesh)
-        for v, layout in (*pairs, *body.outputs)
+        Key(v, layout).local_bytes(plan.mesh) for v, layout in (*pairs, *body.outputs)
     )
     for axis, size in propagated.mesh.axes:
         cost = held * (size - 1) / size

@@ -12,7 +12,7 @@ from sharding.mesh import MeshShape, axes_size
 from sharding.program import Op, Program, Region, Value, describe
 from sharding.rule import Rule
 from sharding.spec import Layout
-from spmd.partition.reshard import Plan
+from spmd.partition.reshard import Plan, local_bytes
 
 
 class Assignment(NamedTuple):
@@ -41,6 +41,10 @@ class Key(NamedTuple):
 
     value: Value
     layout: Layout
+
+    def local_bytes(self, mesh: MeshShape) -> int:
+        """Bytes on one device."""
+        return local_bytes(self.layout, self.value.shape, self.value.itemsize, mesh)
 
 
 @dataclass(frozen=True)

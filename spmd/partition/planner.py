@@ -115,8 +115,8 @@ class _Planner:
         """Of the operation that makes `value`, with every operand where it was propagated to."""
         op = value.op
         assert op is not None
-        operands = tuple(Tensor(v.shape, _itemsize(v), (self.wanted(v),)) for v in op.inputs)
-        result = Tensor(value.shape, _itemsize(value), (self.wanted(value),))
+        operands = tuple(Tensor(v.shape, v.itemsize, (self.wanted(v),)) for v in op.inputs)
+        result = Tensor(value.shape, value.itemsize, (self.wanted(value),))
         return alternatives(op.rule, operands, result, self.mesh)
 
     def readers(self, value: Value) -> tuple[tuple[Layout, int], ...]:
@@ -194,12 +194,12 @@ class _Scope:
 
     def tensor(self, value: Value) -> Tensor:
         readers = self.planner.readers(value) if self.planner.uses[value.id] > 1 else ()
-        return Tensor(value.shape, _itemsize(value), tuple(self.layouts(value)), readers)
+        return Tensor(value.shape, value.itemsize, tuple(self.layouts(value)), readers)
 
     def result(self, value: Value, wanted: Layout) -> Tensor:
         sharing = ((wanted, _FREE),) if self.planner.summed(value) else ()
         used = self.planner.uses[value.id] > 0
-        return Tensor(value.shape, _itemsize(value), (wanted,), sharing, used)
+        return Tensor(value.shape, value.itemsize, (wanted,), sharing, used)
 
     def compute(self, op: Op) -> None:
         rule = op.rule
@@ -263,7 +263,7 @@ class _Scope:
             if makes(value.op.rule, assignment, self.mesh)[0] == need:
                 self.emit(value.op, assignment, [self.tensor(v) for v in value.op.inputs])
                 return Key(value, need)
-        itemsize = _itemsize(value)
+        itemsize = value.itemsize
         usable = [a for a in layouts if set(need.partial) <= set(a.partial)]
         options = [(plan(a, need, value.shape, itemsize, self.mesh), a) for a in usable]
         best, src = min(options, key=lambda option: option[0].cost)
@@ -325,10 +325,6 @@ def _even(layout: Layout, value: Value, mesh: MeshShape) -> Layout:
     """With dims whole that the axes do not divide."""
     pairs = zip(layout.dims, value.shape, strict=True)
     return Layout(tuple(() if n % axes_size(mesh, a) else a for a, n in pairs), layout.partial)
-
-
-def _itemsize(value: Value) -> int:
-    return getattr(value.dtype, "itemsize", 4)
 
 
 def _made_from_nothing(op: Op) -> bool:

@@ -12,7 +12,7 @@ from sharding.op import type_text
 from sharding.program import describe
 from spmd.estimate import liveness
 from spmd.estimate.timeline import Span, Timeline, timeline
-from spmd.estimate.work import Line, key_bytes
+from spmd.estimate.work import Line
 from spmd.hardware import Machine
 from spmd.partition.plan import Compute, Diagnostic, Key, Move, ProgramPlan
 from spmd.reporting.model import (
@@ -143,7 +143,7 @@ def _arguments(plan: ProgramPlan) -> tuple[Tensor, ...]:
 def _tensor(key: Key, kind: str, mesh: MeshShape) -> Tensor:
     value = key.value
     return Tensor(str(value), kind, str(value.dtype), value.shape, str(key.layout),
-                  key_bytes(key, mesh))  # fmt: skip
+                  key.local_bytes(mesh))  # fmt: skip
 
 
 def _memory(

@@ -38,7 +38,7 @@ def _region(region: RegionPlan, found: list[str]) -> None:
             for inner in instruction.regions:
                 _region(inner, found)
             continue
-        value, itemsize = instruction.value, getattr(instruction.value.dtype, "itemsize", 4)
+        value, itemsize = instruction.value, instruction.value.itemsize
         what = f"{value} to {instruction.dst}"
         if not instruction.plan.steps:
             continue

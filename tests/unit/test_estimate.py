@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import AbstractMesh
 
 import spmd
-from sharding import P
+from sharding import P, shard
 from spmd import collectives
 from spmd.estimate import liveness
 from spmd.estimate.fusion import held
@@ -204,6 +204,20 @@ def test_what_can_be_used_up_first_is_not_held() -> None:
 
     stage = partition(f, shape(512, 512), mesh={"x": 1})
     assert peak(stage) == pytest.approx(3, abs=0.01)  # x, a product, and its product with x
+
+
+def test_an_annotated_result_is_held_to_the_end() -> None:
+    def f(x):
+        y = shard(x @ x, P())
+        return y, (y @ x) @ x
+
+    stage = partition(f, shape(512, 512), mesh={"x": 1})
+    assert peak(stage) == 4  # x, the first product to the end, and the two that follow
+
+
+def test_an_annotated_result_that_is_fused_is_held() -> None:
+    stage = partition(lambda x: shard(shard(x * 2, P()), P()), shape(MIB // 4), mesh={"x": 1})
+    assert peak(stage) == 2
 
 
 def test_the_profile_names_what_is_held() -> None:
