@@ -10,7 +10,7 @@ from spmd.compiled import Compiled as Compiled
 from spmd.compiled import Lowered as Lowered
 from spmd.dispatch import Function as Function
 from spmd.dispatch import jit as jit
-from spmd.inspection import explain as explain
+from spmd.explaining.inspection import explain as explain
 from spmd.partition.plan import Diagnostic as Diagnostic
 from spmd.reporting.diff import ReportDiff as ReportDiff
 from spmd.reporting.model import Report as Report

@@ -11,7 +11,7 @@ from sharding.annotate import spec_of
 from sharding.errors import ArgumentError, ArgumentTypeError, MeshError, Problem
 from spmd import collectives
 from spmd.arguments import check_buffers, suspicious
-from spmd.inspection import Inspection
+from spmd.explaining.inspection import Inspection
 
 
 @dataclass(frozen=True)

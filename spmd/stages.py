@@ -25,7 +25,7 @@ from spmd.arguments import Arguments, output_names
 from spmd.compiled import Lowered
 from spmd.devices import automatic, fuses_into_dots, under
 from spmd.estimate import liveness
-from spmd.inspection import Inspection
+from spmd.explaining.inspection import Inspection
 from spmd.options import Options, sharding_of
 from spmd.partition.diagnose import forbid_gathers
 from spmd.partition.findings import diagnose, forbid_waste

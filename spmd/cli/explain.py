@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--why-not", action="append", default=[], nargs=2, metavar=("VALUE", "SHARDING"),
         help="what changes when the value is annotated so: '[data, -]'",
     )  # fmt: skip
+    parser.add_argument("--machine", help="times of --why on it: v5e:2x4, v5p:4x4x4, h100:8 ...")
 
 
 def run(given: argparse.Namespace) -> int:
@@ -41,7 +42,7 @@ def run(given: argparse.Namespace) -> int:
     stage = program.read(given).traced(mesh).propagate().partition()
     answers = [
         *(stage.explain(value) for value in given.value),
-        *(stage.why(collective) for collective in given.why),
+        *(stage.why(collective, given.machine) for collective in given.why),
         *(stage.why_not(value, sharding) for value, sharding in given.why_not),
     ]
     print("\n\n".join(map(str, answers or [stage])))

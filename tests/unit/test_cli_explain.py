@@ -30,6 +30,12 @@ def test_values_collectives_and_alternatives(stage, capsys) -> None:
     assert capsys.readouterr().out == "\n\n".join(map(str, want)) + "\n"
 
 
+def test_times_are_those_of_the_machine(stage, capsys) -> None:
+    kind = stage.collectives[0].kind
+    assert main([*ASK, "--why", kind, "--machine", "v5e:2x4"]) == 0
+    assert capsys.readouterr().out == f"{stage.why(kind, machine='v5e:2x4')}\n"
+
+
 def test_an_unknown_value_is_explained_with_exit_code_2(capsys) -> None:
     assert main([*ASK, "--value", "nothing"]) == 2
     out, err = capsys.readouterr()

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import pytest
 
 import spmd
-from sharding import ArgumentError, P, Sharding, shard
-from spmd import remedy
-from spmd.remedy import Candidate
+from sharding import ArgumentError, MeshError, P, Sharding, shard
+from spmd.explaining import remedy
+from spmd.explaining.remedy import Candidate
+from spmd.hardware import Machine
 
 MESH = {"data": 2, "tensor": 4}
 F32 = jnp.float32
@@ -115,6 +116,19 @@ def test_why_a_collective() -> None:
     args = arr(64, 256), arr(256, 1024), arr(1024, 256)
     with_remedy = staged(mlp, *args, ins=ins, out_shardings=P(("data", "tensor"), None))
     assert with_remedy.wire_bytes - partitioned.wire_bytes == -24_576
+
+
+def test_why_times_a_collective_on_a_machine() -> None:
+    partitioned = layers()
+    (record,) = partitioned.collectives
+    machine = Machine.parse("v5e:2x4")
+    times = machine.lay(partitioned.plan.mesh)
+    for given in (machine, "v5e:2x4"):
+        (row,) = partitioned.why("all_reduce", machine=given).collectives
+        assert row.seconds == times.wire_time("all_reduce", ("tensor",), record.bytes)
+    assert row.seconds > partitioned.why("all_reduce").collectives[0].seconds  # 45 GB/s links
+    with pytest.raises(MeshError, match="v5e:2x2"):
+        partitioned.why("all_reduce", machine="v5e:2x2")
 
 
 def test_an_annotation_that_keeps_the_collective_is_no_remedy(monkeypatch: Any) -> None:

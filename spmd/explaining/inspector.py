@@ -14,7 +14,7 @@ from sharding.mesh import overlap
 from sharding.op import Value
 from sharding.spec import Layout
 from spmd.arguments import output_names
-from spmd.explanation import Alternative, Explanation, Placed, ValueExplanation
+from spmd.explaining.explanation import Alternative, Explanation, Placed, ValueExplanation
 from spmd.partition.choose import makes, needs, weighed
 from spmd.partition.plan import Assignment, Compute, Key, Move
 from spmd.partition.reshard import plan

@@ -8,10 +8,10 @@ from sharding.errors import ArgumentError, Problem, SpecError
 from sharding.mesh import axes_size, overlap
 from sharding.op import Value
 from sharding.spec import Layout, Sharding, check_axes
-from spmd.explanation import WhyNot
-from spmd.inspector import Inspector
+from spmd.explaining.explanation import WhyNot
+from spmd.explaining.inspector import Inspector
+from spmd.explaining.trial import measure, with_annotations
 from spmd.partition.written import annotation_text
-from spmd.trial import measure, with_annotations
 
 
 def why_not(inspector: Inspector, asked: str | Value, spec: Any) -> WhyNot:

@@ -2,18 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
-from sharding.mesh import MeshShape, axes_size
+from sharding.mesh import MeshShape
 from sharding.program import Value
-from sharding.rule import Kind
 from sharding.spec import Layout, Sharding
-from spmd import collectives, cost
-from spmd.partition.plan import Compute, ProgramPlan
-
-# Programs of more operations are compared by their plans alone: tracing them takes seconds.
-SMALL = 2000
+from spmd import cost
+from spmd.estimate.work import lines, totals
+from spmd.partition.plan import ProgramPlan
 
 
 @dataclass(frozen=True)
@@ -32,48 +28,22 @@ class Measured:
     flops: float
     collectives: tuple[tuple[str, int, float], ...]
 
-    @property
-    def cost(self) -> float:
-        """In link bytes, the planner's unit."""
-        return self.wire_bytes + cost.compute(self.flops, 0)
-
 
 def measure(partitioned: Any) -> Measured:
     """Of a `Partitioned` stage."""
-    plan = partitioned.plan
-    if sum(1 for _ in plan.program.ops()) <= SMALL:
-        records = collectives.summarize(partitioned.collectives)
-        rows = [(f"{c.kind}({'+'.join(c.axes)})", c.count, c.bytes) for c in records]
-    else:
-        rows = _planned(plan)
-    wire = sum(row[2] for row in rows)
-    return Measured(wire, partitioned.peak_memory, flops(plan), tuple(rows))
+    found = lines(partitioned.plan)
+    rows = [
+        (f"{kind}({'+'.join(axes)})", count, wire)
+        for (kind, axes), (count, wire) in totals(found).items()
+    ]
+    rows.sort(key=lambda row: -row[2])
+    work = sum(line.trips * line.flops.total for line in found)
+    return Measured(sum(row[2] for row in rows), partitioned.peak_memory, work, tuple(rows))
 
 
-def _planned(plan: ProgramPlan) -> list[tuple[str, int, float]]:
-    """Collectives of reshards; those inside of operations are left out."""
-    found: dict[str, tuple[int, float]] = {}
-    for move, trips in plan.moves():
-        for step in move.plan.steps:
-            if step.kind != "slice":
-                name = f"{step.kind}({'+'.join(step.axes)})"
-                count, wire = found.get(name, (0, 0.0))
-                found[name] = (count + trips, wire + trips * step.bytes)
-    return sorted(((n, c, b) for n, (c, b) in found.items()), key=lambda row: -row[2])
-
-
-def flops(plan: ProgramPlan) -> float:
-    """Work of one device per call: local iterations of every operation."""
-    total = 0.0
-    for instruction, trips in plan.body.walk():
-        if isinstance(instruction, Compute) and instruction.rule is not None:
-            rule, factors = instruction.rule, instruction.assignment.axes
-            total += trips * rule.flops * prod(
-                -(-factor.size // axes_size(plan.mesh, factors.get(name, ())))
-                for name, factor in rule.factors.items()
-                if factor.kind is not Kind.FIXED
-            )
-    return total
+def link_bytes(plan: ProgramPlan) -> float:
+    """What a plan sends and computes on one device, in the planner's unit."""
+    return sum(x.trips * (x.bytes + cost.compute(x.flops.total, 0)) for x in lines(plan))
 
 
 def with_annotations(stage: Any, changes: Mapping[Value, Sharding | None]) -> Any:

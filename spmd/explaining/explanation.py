@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sharding.explain import ValueHistory
-from spmd.trial import Measured
+from spmd.explaining.trial import Measured
 
 _SHOWN = 6
 

@@ -1,22 +1,24 @@
 """Why a collective is there: the two shardings that it reconciles, and what would remove it."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sharding import _jax
 from sharding.errors import ArgumentError, Problem
 from sharding.explain import same_line
+from sharding.mesh import MeshShape
 from sharding.op import Op, Value
 from sharding.program import describe
 from sharding.rule import Kind
 from sharding.spec import Layout
 from spmd import cost
 from spmd.collectives import Collective
-from spmd.explanation import Reconciled, Why
-from spmd.inspector import Inspector, reader_text
+from spmd.explaining.explanation import Reconciled, Why
+from spmd.explaining.inspector import Inspector, reader_text
+from spmd.explaining.remedy import find_remedy
+from spmd.hardware import Machine
 from spmd.partition.plan import Compute, Move
-from spmd.remedy import find_remedy
 
 # A question about a source line may mean many collectives: remedies are looked for the dearest.
 REMEDIES = 3
@@ -26,25 +28,39 @@ _KINDS = ("all_gather", "all_reduce", "all_to_all", "permute", "reduce_scatter")
 Moves = list[tuple[Move, int]]
 
 
-def seconds(wire_bytes: float) -> float:
-    """Time of sending bytes at the speed of one link."""
-    return wire_bytes / cost.LINK_BYTES_PER_S
+# Seconds of a collective: of its kind, axes, and wire bytes.
+Clock = Callable[[str, Sequence[str], float], float]
 
 
-def why(inspector: Inspector, asked: Any) -> Why:
+def clock(mesh: MeshShape, machine: Machine | str | None) -> Clock:
+    """Times by the links of a machine; None: of one nominal link, whatever the axes.
+
+    Raises:
+      MeshError: there is no such machine, or the mesh does not fit it.
+    """
+    if machine is None:
+        return lambda kind, axes, wire: wire / cost.LINK_BYTES_PER_S
+    found = Machine.parse(machine) if isinstance(machine, str) else machine
+    return found.lay(mesh).wire_time
+
+
+def why(inspector: Inspector, asked: Any, machine: Machine | str | None = None) -> Why:
     """Why collectives are there.
 
     Args:
+      machine: see `clock`.
       asked: a record of `Partitioned.collectives`; a kind, alone or with its axes
         (`all_reduce(tensor)`); a value that is moved; or a source line that needs or makes it.
 
     Raises:
       ArgumentError: there is no such collective.
+      MeshError: there is no such machine, or the mesh does not fit it.
     """
+    times = clock(inspector.partitioned.plan.mesh, machine)
     found = _asked_moves(inspector, asked)
     found.sort(key=lambda pair: -pair[1] * pair[0].plan.bytes)
-    rows = [_reconciled(inspector, m, n, i < REMEDIES) for i, (m, n) in enumerate(found)]
-    rows += _inside(inspector, asked)
+    rows = [_reconciled(inspector, m, n, times, i < REMEDIES) for i, (m, n) in enumerate(found)]
+    rows += _inside(inspector, asked, times)
     if not rows:
         raise ArgumentError(_no_collective(inspector, asked))
     return Why(_text(asked), tuple(sorted(rows, key=lambda row: -row.bytes)))
@@ -78,7 +94,9 @@ def _kind(asked: Any) -> tuple[str, tuple[str, ...] | None] | None:
     return match["kind"], None if axes is None else tuple(re.split(r"[+,]\s*", axes))
 
 
-def _reconciled(inspector: Inspector, move: Move, trips: int, search: bool) -> Reconciled:
+def _reconciled(
+    inspector: Inspector, move: Move, trips: int, times: Clock, search: bool
+) -> Reconciled:
     wire = trips * move.plan.bytes
     remedy, tried = None, "no annotation was tried: ask for this one by its value"
     if search:
@@ -86,10 +104,11 @@ def _reconciled(inspector: Inspector, move: Move, trips: int, search: bool) -> R
             inspector.stage, inspector.partitioned, inspector.history, move
         )
     op = move.reason or move.value.op
+    seconds = trips * sum(times(s.kind, s.axes, s.bytes) for s in move.plan.steps if s.bytes)
     return Reconciled(
         describe(move.value),
         tuple((f"{s.kind}({'+'.join(s.axes)})", trips * s.bytes) for s in move.plan.steps),
-        trips, wire, seconds(wire), str(move.src), str(move.dst),
+        trips, wire, seconds, str(move.src), str(move.dst),
         tuple(_made(inspector, move.value, move.src)), tuple(_needed(inspector, move)),
         reader_text(move), op.source if op is not None else "", remedy, tried,
     )  # fmt: skip
@@ -159,7 +178,7 @@ def _whole(
     return f"{name} has {' '.join(names)} on no axis: cheapest"
 
 
-def _inside(inspector: Inspector, asked: Any) -> Iterator[Reconciled]:
+def _inside(inspector: Inspector, asked: Any, times: Clock) -> Iterator[Reconciled]:
     """Collectives that operations emit by themselves, such as halo exchanges."""
     planned: dict[tuple[str, tuple[str, ...], str], float] = {}
     for move, trips in inspector.moves:
@@ -177,9 +196,10 @@ def _inside(inspector: Inspector, asked: Any) -> Iterator[Reconciled]:
             compute, names = found
             op, axes = compute.op, "+".join(record.axes)
             layout = str(compute.operands[0].layout) if compute.operands else ""
+            seconds = record.count * times(record.kind, record.axes, wire / record.count)
             yield Reconciled(
                 describe((*op.outputs, *op.inputs)[0]), ((f"{record.kind}({axes})", wire),),
-                record.count, wire, seconds(wire), layout, layout, (),
+                record.count, wire, seconds, layout, layout, (),
                 (f"{op.rule}: {', '.join(names)} on {axes}",), op.primitive.name, record.source,
                 None, "no annotation was tried: the operation's own rule emits it",
             )  # fmt: skip

@@ -3,11 +3,12 @@
 from functools import cached_property
 from typing import Any
 
-from spmd.explanation import Explanation, Why, WhyNot
-from spmd.inspector import Inspector
+from spmd.explaining.explanation import Explanation, Why, WhyNot
+from spmd.explaining.inspector import Inspector
+from spmd.explaining.why import why
+from spmd.explaining.why_not import why_not
+from spmd.hardware import Machine
 from spmd.reporting.stage import Reporting
-from spmd.why import why
-from spmd.why_not import why_not
 
 
 class Inspection(Reporting):
@@ -35,7 +36,7 @@ class Inspection(Reporting):
         """
         return self.inspector.explain(value)
 
-    def why(self, collective: Any) -> Why:
+    def why(self, collective: Any, machine: Machine | str | None = None) -> Why:
         """Why collectives are there: the two shardings that each reconciles, its bytes and time,
         and which annotation would remove it. Annotations are tried one by one, each on the whole
         program, for the dearest few.
@@ -43,11 +44,14 @@ class Inspection(Reporting):
         Args:
           collective: a record of `collectives`, a kind (`all_reduce`, `all_reduce(tensor)`), a
             value that is moved, or a source line.
+          machine: on whose links times are predicted: a `Machine` or its text, such as
+            `v5p:4x4x4`. None: on one link of 180 GB/s, whatever the axes.
 
         Raises:
           ArgumentError: there is no such collective.
+          MeshError: there is no such machine, or the mesh does not fit it.
         """
-        return why(self.inspector, collective)
+        return why(self.inspector, collective, machine)
 
     def why_not(self, value: Any, spec: Any) -> WhyNot:
         """Why a value is not sharded in another way, and what changes when it is annotated so: the

@@ -14,19 +14,12 @@ from sharding.op import Value
 from sharding.project import to_dims, to_factors
 from sharding.rule import Kind
 from sharding.spec import Layout, Sharding
-from spmd import cost
-from spmd.explanation import Remedy
+from spmd.explaining.explanation import Remedy
+from spmd.explaining.trial import closed, link_bytes, measure, on_users_axes, with_annotations
 from spmd.partition.plan import Move, ProgramPlan
 from spmd.partition.written import annotation_text
-from spmd.trial import (
-    SMALL,
-    closed,
-    flops,
-    measure,
-    on_users_axes,
-    with_annotations,
-)
 
+SMALL = 2000  # operations; each candidate plans the whole program
 CANDIDATES = 12
 SECONDS = 5.0
 
@@ -58,7 +51,7 @@ def find_remedy(
             break
         tried += 1
         other = with_annotations(stage, {candidate.value: candidate.sharding})
-        total = _cost(other.plan)
+        total = link_bytes(other.plan)
         if total < best_cost and not _has(other.plan, move):
             best, best_cost = (candidate, other), total
     count = f"{tried} annotation{'' if tried == 1 else 's'} tried"
@@ -68,15 +61,9 @@ def find_remedy(
     remedy = Remedy(
         candidate.text, after.wire_bytes - before.wire_bytes,
         after.peak_memory - before.peak_memory, after.flops - before.flops,
-        after.cost < before.cost,
+        best_cost < link_bytes(plan),
     )  # fmt: skip
     return remedy, f"{count}, each planned as a whole program"
-
-
-def _cost(plan: ProgramPlan) -> float:
-    """In link bytes."""
-    wire = sum(trips * move.plan.bytes for move, trips in plan.moves())
-    return wire + cost.compute(flops(plan), 0)
 
 
 def _has(plan: ProgramPlan, move: Move) -> bool:
