@@ -1,6 +1,7 @@
 """The one helper that most tests call: partitioned against unsharded, in values and collectives."""
 
 import random
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,3 +93,20 @@ def kinds(partitioned: spmd.Partitioned) -> dict[tuple[str, tuple[str, ...]], tu
     from spmd.collectives import summarize
 
     return {(c.kind, c.axes): (c.count, c.bytes) for c in summarize(partitioned.collectives)}
+
+
+def raised_in_thread(fun: Callable, x: Any) -> BaseException | None:
+    """What a call raises. Failed effects stay failed in the thread that made them."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            jax.block_until_ready(fun(x))
+            jax.effects_barrier()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return raised[0] if raised else None

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 import spmd
@@ -96,3 +97,18 @@ def check_group(cases: dict[str, Any], place: Callable[[Any], Any]) -> Run:
 
     args = ({n: c.given for n, c in cases.items()}, {n: c.rest for n, c in cases.items()})
     return follow(run, (), args, make_mesh(data=2, tensor=4), jax.tree.map(place, args))
+
+
+def classes(logits: Any, batch: Any) -> Any:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
+
+
+def next_tokens(logits: Any, batch: Any) -> Any:
+    return classes(logits[:, :-1], {"labels": batch["x"][:, 1:]})
+
+
+def elbo(outputs: Any, batch: Any) -> Any:
+    logits, mean, logvar = outputs
+    bce = optax.sigmoid_binary_cross_entropy(logits, batch["x"]).sum(-1)
+    kld = -0.5 * jnp.sum(1 + logvar - mean**2 - jnp.exp(logvar), -1)
+    return jnp.mean(bce + kld)

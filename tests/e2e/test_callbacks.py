@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import spmd
 from sharding import RuleError
-from tests.oracle import kinds, make_mesh
+from tests.oracle import kinds, make_mesh, raised_in_thread
 
 X = np.arange(60, dtype=np.float32).reshape(15, 4)  # 15 does not divide
 EVEN = np.arange(64, dtype=np.float32).reshape(16, 4)
@@ -288,23 +287,6 @@ def test_effects_barrier_waits() -> None:
     assert len(SEEN) == 1
 
 
-def _in_thread(fun: Callable, x: Any) -> BaseException | None:
-    """What a call raises. Failed effects stay failed in the thread that made them."""
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            jax.block_until_ready(fun(x))
-            jax.effects_barrier()
-        except Exception as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return raised[0] if raised else None
-
-
 @pytest.mark.parametrize("call", [jax.pure_callback, io_callback])
 def test_a_failing_callback_stops_every_device(call: Callable) -> None:
     def fail(x: Any) -> Any:
@@ -317,7 +299,7 @@ def test_a_failing_callback_stops_every_device(call: Callable) -> None:
     for host, message in ((fail, "my own error"), (wrong, "was announced")):
         fun = lambda x, host=host: call(host, like, x).sum()  # noqa: E731
         function = spmd.jit(fun, mesh=mesh(), in_shardings=P("x"))
-        assert message in str(_in_thread(function, EVEN))
+        assert message in str(raised_in_thread(function, EVEN))
 
 
 def test_a_failure_is_seen_though_nobody_reads_the_results() -> None:
@@ -329,7 +311,7 @@ def test_a_failure_is_seen_though_nobody_reads_the_results() -> None:
         return x.sum()
 
     function = spmd.jit(fun, mesh=mesh(), in_shardings=P("x"))
-    assert "my own error" in str(_in_thread(function, EVEN))
+    assert "my own error" in str(raised_in_thread(function, EVEN))
 
 
 def test_buffer_callback() -> None:

@@ -1,7 +1,5 @@
 """`checkify`: checks that are values, and checks that stop a program."""
 
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,30 +10,13 @@ from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 
 import spmd
-from tests.oracle import check, kinds, make_mesh
+from tests.oracle import check, kinds, make_mesh, raised_in_thread
 
 EVEN = np.arange(64, dtype=np.float32).reshape(16, 4)
 
 
 def mesh() -> Any:
     return make_mesh(x=2, y=4)
-
-
-def _in_thread(fun: Callable, x: Any) -> BaseException | None:
-    """What a call raises. Failed effects stay failed in the thread that made them."""
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            jax.block_until_ready(fun(x))
-            jax.effects_barrier()
-        except Exception as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return raised[0] if raised else None
 
 
 def _checked(x: Any) -> Any:
@@ -78,7 +59,7 @@ def test_checks_that_are_not_functionalised() -> None:
     jax.config.update("jax_experimental_unsafe_xla_runtime_errors", True)
     try:
         function = spmd.jit(_checked, mesh=mesh(), in_shardings=P("x"))
-        assert _in_thread(function, EVEN / 2) is None
-        assert "min -1.0" in str(_in_thread(function, EVEN / 2 - 1))
+        assert raised_in_thread(function, EVEN / 2) is None
+        assert "min -1.0" in str(raised_in_thread(function, EVEN / 2 - 1))
     finally:
         jax.config.update("jax_experimental_unsafe_xla_runtime_errors", False)

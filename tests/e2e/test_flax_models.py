@@ -14,7 +14,7 @@ import optax
 import pytest
 from flax.training.train_state import TrainState
 
-from tests.e2e.follow import follow
+from tests.e2e.follow import classes, elbo, follow, next_tokens
 from tests.oracle import P, make_mesh
 
 
@@ -77,21 +77,6 @@ class VAE(nn.Module):
         mean, logvar = nn.Dense(4, name="mean")(hidden), nn.Dense(4, name="logvar")(hidden)
         z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(self.make_rng("noise"), mean.shape)
         return nn.Dense(12)(nn.relu(nn.Dense(16)(z))), mean, logvar
-
-
-def classes(logits: Any, batch: Any) -> Any:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
-
-
-def next_tokens(logits: Any, batch: Any) -> Any:
-    return classes(logits[:, :-1], {"labels": batch["x"][:, 1:]})
-
-
-def elbo(outputs: Any, batch: Any) -> Any:
-    logits, mean, logvar = outputs
-    bce = optax.sigmoid_binary_cross_entropy(logits, batch["x"]).sum(-1)
-    kld = -0.5 * jnp.sum(1 + logvar - mean**2 - jnp.exp(logvar), -1)
-    return jnp.mean(bce + kld)
 
 
 class State(TrainState):

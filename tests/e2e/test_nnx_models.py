@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import spmd
-from tests.e2e.follow import assert_same, follow, quick
+from tests.e2e.follow import assert_same, classes, elbo, follow, next_tokens, quick
 from tests.oracle import P, make_mesh
 
 
@@ -86,20 +86,6 @@ class VAE(nnx.Module):
         mean, logvar = self.mean(hidden), self.logvar(hidden)
         z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(self.rngs.noise(), mean.shape)
         return self.decode(z), mean, logvar
-
-
-def classes(logits: Any, batch: Any) -> Any:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
-
-
-def next_tokens(logits: Any, batch: Any) -> Any:
-    return classes(logits[:, :-1], {"labels": batch["x"][:, 1:]})
-
-
-def elbo(outputs: Any, batch: Any) -> Any:
-    logits, mean, logvar = outputs
-    bce = optax.sigmoid_binary_cross_entropy(logits, batch["x"]).sum(-1)
-    return jnp.mean(bce - 0.5 * jnp.sum(1 + logvar - mean**2 - jnp.exp(logvar), -1))
 
 
 def make(model: type, seed: int = 0) -> tuple[Any, nnx.Optimizer]:
