@@ -60,15 +60,20 @@ def _dynamic_slice(op: OpInfo) -> Rule:
     scalars = ((),) * (len(op.in_avals) - 1)
     return Rule(
         (tuple(left), *scalars), (tuple(right),), factors,
-        linear=((0,),), local=_local_dynamic_slice, flops=0,
+        linear=((0,),), local=_local_dynamic_slice, always=True, flops=0,
     )  # fmt: skip
 
 
 def _local_dynamic_slice(ctx: Local, op: OpInfo, x: Any, *starts: Any) -> Sequence[Any]:
+    """Starts are clamped here, not by XLA: it merges the slice with the one that a device takes of
+    its result, and clamps the sum of their starts alone."""
     src, dst = op.in_avals[0].shape, op.out_avals[0].shape
     split = [d for d, n in enumerate(src) if dst[d] != n and ctx.axes(f"n{d}")]
     sizes = [x.shape[d] if d in split or dst[d] == n else dst[d] for d, n in enumerate(src)]
-    places = [jnp.zeros((), s.dtype) if d in split else s for d, s in enumerate(starts)]
+    places = [
+        jnp.int32(0) if d in split else _bounded(s, 0, src[d] - dst[d])
+        for d, s in enumerate(starts)
+    ]
     (out,) = ctx.bind(x, *places, slice_sizes=tuple(sizes))
     for d in split:
         start = _bounded(starts[d], 0, src[d] - dst[d]) - ctx.offset(f"n{d}")

@@ -115,6 +115,16 @@ def test_one_element_comes_from_its_owner() -> None:
     assert kinds(partitioned) == {("all_reduce", ("y",)): (1, 2 * ROW * 3 / 4)}
 
 
+@pytest.mark.parametrize("start", (-7, -1, 1, 3, 9))
+def test_a_slice_that_reaches_outside_is_clamped_before_it_is_divided(start: int) -> None:
+    # XLA merges the two slices, and clamps the sum of their starts alone.
+    def f(t, s):
+        return lax.dynamic_slice(t, (s,), (4,))
+
+    for spec in (P(), P("y")):
+        check(f, (arr(16), np.int32(start)), MESH, (spec, P()), P("y"))
+
+
 RESHAPES = [
     ((6, 4), (24,)), ((24,), (6, 4)), ((6, 4), (8, 3)), ((3, 4), (4, 3)), ((2, 6, 5), (12, 5)),
     ((7, 3, 1, 4), (21, 4)), ((5, 6), (5, 2, 3)), ((15, 2), (2, 15)), ((8, 6), (48,)),
