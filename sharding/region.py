@@ -60,6 +60,7 @@ class Control:
       carries: op -> (region, output, input) triples that must agree, as in a loop.
       build: (params, traceable region functions, local operands) -> local results.
       trips: op -> how often each region runs, for counting; 1 where unknown.
+      counted: `trips` of a loop is how often it runs; otherwise nobody knows before.
       exclusive: one of the regions runs, not all of them.
       manual: params -> axes that become manual in the regions.
       enter: with manual axes, a primitive for the identity on each operand: what this equation
@@ -72,6 +73,7 @@ class Control:
     build: Callable[[Mapping[str, Any], Sequence[Callable], Sequence[Any]], Sequence[Any]]
     carries: Callable[[Any], Sequence[tuple[int, int, int]]] = lambda op: ()
     trips: Callable[[Any], int] = lambda op: 1
+    counted: bool = False
     exclusive: bool = False
     manual: Callable[[Mapping[str, Any]], Manual | None] = lambda params: None
     enter: Any = None

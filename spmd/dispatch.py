@@ -17,13 +17,20 @@ import jax
 
 from sharding._jax import jit as _jit
 from sharding.annotate import normalise_rules
-from sharding.errors import ArgumentError, ArgumentTypeError, MeshError, Problem
+from sharding.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    MeshError,
+    Problem,
+    did_you_mean,
+)
 from spmd import refs, stages, tracing
 from spmd.arguments import Arguments, check_buffers, check_hashable, flatten, suspicious
 from spmd.call import call_of
 from spmd.devices import check_concrete, checked_mesh, with_mesh
 from spmd.executable import Executable, Variants
 from spmd.options import Options
+from spmd.partition.planner import PASSES
 
 
 def jit(
@@ -44,6 +51,7 @@ def jit(
     fallback: str = "error",
     on_gather: str = "plan",
     strict: bool = False,
+    disable_passes: Sequence[str] = (),
     compiler_options: Any = None,
 ) -> Any:
     """Compiles `fun` into a partitioned program: `jax.jit`, with the sharding of every operation
@@ -68,6 +76,8 @@ def jit(
         diagnostic; "error": that is an error, which lists all of them.
       strict: everything in `Partitioned.diagnostics` that costs a device 1 MiB or more is an
         error, which lists all of it.
+      disable_passes: names of optimisations that are off: "loop_sums" (what a loop adds up is
+        reduced once, after it), "loop_invariants" (what its steps gather is gathered once).
 
     Returns:
       A callable with the stages `.trace`, `.lower` (see `spmd.stages`).
@@ -76,16 +86,12 @@ def jit(
       MeshError: there is no mesh, or it does not fit the devices.
       ArgumentError: an argument of `jit` itself is wrong.
     """
+    given = {name: value for name, value in locals().items() if name != "fun"}
     if fun is None:
-        return functools.partial(
-            jit, mesh=mesh, axis_rules=axis_rules, in_shardings=in_shardings, device=device,
-            out_shardings=out_shardings, donate_argnums=donate_argnums, strict=strict,
-            donate_argnames=donate_argnames, static_argnums=static_argnums, inline=inline,
-            static_argnames=static_argnames, keep_unused=keep_unused, backend=backend,
-            fallback=fallback, on_gather=on_gather, compiler_options=compiler_options,
-        )  # fmt: skip
+        return functools.partial(jit, **given)
     _check_callable(fun)
     _check_choices(device, backend, fallback, on_gather)
+    _check_passes(disable_passes)
     donated_and_static = _jit.resolve_argnums(
         fun, donate_argnums, donate_argnames, static_argnums, static_argnames
     )
@@ -93,7 +99,7 @@ def jit(
         None if mesh is None else checked_mesh(mesh), normalise_rules(axis_rules),
         tuple(in_shardings) if isinstance(in_shardings, list) else in_shardings, out_shardings,
         *donated_and_static, keep_unused, fallback, on_gather,
-        tuple((compiler_options or {}).items()), bool(strict),
+        tuple((compiler_options or {}).items()), bool(strict), tuple(sorted(disable_passes)),
     )  # fmt: skip
     return Function(_referable(fun), options)
 
@@ -282,6 +288,20 @@ def _check_callable(fun: Any) -> None:
     else:
         return
     raise ArgumentTypeError(Problem(f"spmd.jit was given {what}", "it compiles functions", fix))
+
+
+def _check_passes(names: Sequence[str]) -> None:
+    given = [names] if isinstance(names, str) else list(names)
+    problems = [
+        Problem(
+            f"disable_passes={names!r}",
+            f"there is no pass {name!r}{did_you_mean(str(name), PASSES)}",
+            f"choose from {', '.join(PASSES)}, as a sequence",
+        )
+        for name in given if isinstance(names, str) or name not in PASSES
+    ]
+    if problems:
+        raise ArgumentError(*problems)
 
 
 def _referable(fun: Callable) -> Callable:

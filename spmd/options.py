@@ -29,6 +29,7 @@ class Options:
     on_gather: str = "plan"
     compiler_options: tuple[tuple[str, Any], ...] = ()
     strict: bool = False
+    disable_passes: tuple[str, ...] = ()
 
     @property
     def mesh_shape(self) -> MeshShape:
@@ -40,7 +41,7 @@ class Options:
             self.mesh, self.axis_rules, _flat(self.in_shardings), _flat(self.out_shardings),
             self.donate_argnums, self.donate_argnames, self.static_argnums, self.static_argnames,
             self.keep_unused, self.fallback, self.on_gather, self.compiler_options,
-            self.strict,
+            self.strict, self.disable_passes,
         )  # fmt: skip
 
     @cached_property

@@ -222,13 +222,16 @@ class Propagated(Inspection):
 
     def partition(self) -> "Partitioned":
         """Rewrites the program into a per-device one with explicit collectives."""
-        plan = make_plan(self.result, self._inputs[0], self._outputs[0])
+        options = self.traced.options
+        plan = make_plan(
+            self.result, self._inputs[0], self._outputs[0], options.disable_passes
+        )
         if ENABLED:
             verify(plan)
-        if self.traced.options.on_gather == "error":
+        if options.on_gather == "error":
             forbid_gathers(plan.diagnostics)
         partitioned = Partitioned(self, plan)
-        if self.traced.options.strict:
+        if options.strict:
             forbid_waste(partitioned.diagnostics)
         return partitioned
 

@@ -73,6 +73,7 @@ register_control(
         carries=_scan_carries,
         build=_build_scan,
         trips=lambda op: op.params["length"],
+        counted=True,
     ),
 )
 

@@ -80,7 +80,7 @@ def profile(
 
 
 # Steps of a reshard whose result has the size of their operand, and takes its place.
-_IN_PLACE = frozenset(("all_reduce", "permute", "slice"))
+_IN_PLACE = frozenset(("addend", "all_reduce", "permute", "slice"))
 
 
 class _Allocation:

@@ -17,6 +17,7 @@ from sharding.rule import Kind
 from spmd import collectives
 from spmd.partition.local import LocalView
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
+from spmd.partition.reshard import LOCAL
 
 
 class Wire(NamedTuple):
@@ -143,7 +144,7 @@ def _steps(move: Move, mesh: MeshShape) -> tuple[Wire, ...]:
     return tuple(
         Wire(s.kind, s.axes, 1, s.bytes)
         for s in move.plan.steps
-        if s.kind != "slice" and axes_size(mesh, s.axes) > 1 and 0 not in move.value.shape
+        if s.kind not in LOCAL and axes_size(mesh, s.axes) > 1 and 0 not in move.value.shape
     )
 
 

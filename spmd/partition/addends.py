@@ -38,7 +38,8 @@ class Addends:
         op = value.op
         if op is None or op.control is not None or len(op.outputs) != 1:
             return ()
-        if any(f.kind is Kind.REDUCE and f.monoid == "add" for f in op.rule.factors.values()):
+        factors = op.rule.factors.values()
+        if any(f.kind is Kind.REDUCE and f.monoid == "add" and f.size > 1 for f in factors):
             return (value,)
         for group in op.rule.linear:
             parts = [self.leaves(op.inputs[i]) for i in group]

@@ -139,6 +139,11 @@ def _from_ordered(x: Any, dtype: Any) -> Any:
     return lax.bitcast_convert_type(x, wide).astype(dtype)
 
 
+def _addend(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:
+    first = linear_index(step.axes, mesh) == 0
+    return lax.select(jnp.broadcast_to(first, x.shape), x, jnp.zeros_like(x))
+
+
 def _slice(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:
     size = _local(step.after, step.dim, shape, mesh)
     x = _pad_to(x, step.dim, size * axes_size(mesh, step.axes))
@@ -174,6 +179,7 @@ def _permute(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) ->
 
 
 _APPLY = {
+    "addend": _addend,
     "slice": _slice,
     "all_gather": _all_gather,
     "all_to_all": _all_to_all,

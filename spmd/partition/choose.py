@@ -335,23 +335,28 @@ def _can_carry(rule: Rule, assignment: Assignment, operands: Sequence[Tensor]) -
     return _linear_group(rule, assignment.carried, operands) is not None
 
 
+def iterations(rule: Rule, factors: Mapping[str, tuple[str, ...]], mesh: MeshShape) -> float:
+    """Points of the iteration space on one device, padding included."""
+    count = 1.0
+    for name, factor in rule.factors.items():
+        if factor.kind is not Kind.FIXED:
+            count *= -(-factor.size // axes_size(mesh, factors.get(name, ())))
+    return count
+
+
 def _cost(
     rule: Rule, assignment: Assignment, operands: Sequence[Tensor], results: Sequence[Tensor],
     mesh: MeshShape, limit: float,
 ) -> float:  # fmt: skip
     """Reshards of operands and (towards what is wanted) of results, and local work."""
     made = makes(rule, assignment, mesh)
-    factors = assignment.axes
-    iterations = 1.0
-    for name, factor in rule.factors.items():
-        if factor.kind is not Kind.FIXED:
-            iterations *= -(-factor.size // axes_size(mesh, factors.get(name, ())))
     needed = needs(rule, assignment, operands, mesh)
     touched = sum(
         local_bytes(layout, t.shape, t.itemsize, mesh)
         for layout, t in zip(needed, operands, strict=True)
     )
-    total = cost.compute(iterations * rule.flops, touched)
+    work = iterations(rule, assignment.axes, mesh) * rule.flops
+    total = cost.compute(work, touched)
     if assignment.carried and rule.flops == 1:
         # Elementwise work on a value that stays partial is left out: a later sum may share the
         # reduction, and carrying must not lose to reducing here by a rounding of the work.
@@ -379,5 +384,4 @@ def cheapest(tensor: Tensor, need: Layout, mesh: MeshShape) -> float:
     return min(
         plan(layout, need, tensor.shape, tensor.itemsize, mesh).cost
         for layout in tensor.layouts
-        if set(need.partial) <= set(layout.partial)
     )

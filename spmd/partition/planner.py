@@ -4,7 +4,7 @@ Values keep every layout they were brought into, so that the same value is resha
 once per region. Partial values stay partial until something needs them whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from sharding.mesh import MeshShape, axes_size, refine, refine_refs
 from sharding.program import Op, Region, Value
@@ -24,6 +24,7 @@ from spmd.partition.choose import (
     makes,
     needs,
 )
+from spmd.partition.loops import improved
 from spmd.partition.plan import (
     Assignment,
     Compute,
@@ -33,23 +34,29 @@ from spmd.partition.plan import (
     ProgramPlan,
     RegionPlan,
 )
+from spmd.partition.regions import plan_regions
 from spmd.partition.reshard import plan
+
+# What can be switched off, each a module: see README.
+PASSES = ("loop_sums", "loop_invariants")
 
 
 def make_plan(
-    propagated: Propagated, in_layouts: Sequence[Layout], out_layouts: Sequence[Layout]
-) -> ProgramPlan:
+    propagated: Propagated, in_layouts: Sequence[Layout], out_layouts: Sequence[Layout],
+    without: Collection[str] = (),
+) -> ProgramPlan:  # fmt: skip
     """The partitioned program as data.
 
     Args:
       propagated: a sharding for every value.
       in_layouts: boundary layouts of the arguments, on the mesh of `propagated`.
       out_layouts: the same for the results.
+      without: names of `PASSES` that are off.
     """
     refs = {a for s in set(propagated.shardings) for d in s.dims for a in d.axes if ":" in a}
     while True:
         mesh = refine(propagated.mesh, refs)
-        planner = _Planner(propagated, mesh)
+        planner = _Planner(propagated, mesh, without)
         ins = [planner.refine(layout) for layout in in_layouts]
         outs = [planner.refine(layout) for layout in out_layouts]
         body = planner.region(propagated.program.body, mesh, ins, outs)
@@ -73,14 +80,36 @@ _FREE = 1 << 30
 
 
 class _Planner:
-    def __init__(self, propagated: Propagated, mesh: MeshShape):
-        self.propagated, self.mesh = propagated, mesh
+    def __init__(self, propagated: Propagated, mesh: MeshShape, without: Collection[str]):
+        self.propagated, self.mesh, self.without = propagated, mesh, without
         self.uses = propagated.program.uses
         self.diagnostics: list[Diagnostic] = []
         self.addends = Addends(propagated.program)
         self.sums: dict[int, bool] = {}
         self.refined: dict[Sharding, Layout] = {}
         self.expected: dict[int, tuple[tuple[Layout, int], ...]] = {}
+        # Layouts that a pass wants, in place of those propagated.
+        self.assumed: dict[int, Layout] = {}
+
+    def on(self, name: str) -> bool:
+        """Whether a pass is on."""
+        return name not in self.without
+
+    def assume(self, layouts: Mapping[int, Layout], only: bool = False) -> dict[int, Layout]:
+        """Wants other layouts of values, by id, in place of those propagated.
+
+        Args:
+          only: of these alone, and of no others any more.
+
+        Returns:
+          What was assumed before.
+        """
+        before = self.assumed
+        if only or layouts:
+            self.assumed = {**({} if only else before), **layouts}
+            self.sums.clear()
+            self.expected.clear()
+        return before
 
     def refine(self, layout: Layout) -> Layout:
         """A layout on the user's mesh, on the refined mesh."""
@@ -90,7 +119,9 @@ class _Planner:
         return Layout(dims, layout.partial)
 
     def wanted(self, value: Value) -> Layout:
-        """The propagated layout of a value."""
+        """The propagated layout of a value, or the one that a pass assumes."""
+        if value.id in self.assumed:
+            return self.assumed[value.id]
         sharding = self.propagated.shardings[value.id]
         if sharding not in self.refined:
             self.refined[sharding] = self.refine(sharding.layout)
@@ -156,7 +187,7 @@ class _Planner:
 
     def outside(self, inner: Layout, port: Port) -> Layout:
         """The layout of the outer value at a port."""
-        return self.refine(Layout(port.outside(inner.dims)))
+        return self.refine(Layout(port.outside(inner.dims), inner.partial))
 
     def region(
         self, region: Region, mesh: MeshShape, inputs: Sequence[Layout], outputs: Sequence[Layout]
@@ -257,15 +288,15 @@ class _Scope:
         layouts = self.layouts(value)
         if need in layouts:
             return Key(value, need)
-        if value.op is not None and _made_from_nothing(value.op) and not need.partial:
+        if value.op is not None and _made_from_nothing(value.op):
             # Cheaper than any collective: an iota or a filled array is made again where needed.
             assignment = forced(value.op.rule, need, self.mesh)
-            if makes(value.op.rule, assignment, self.mesh)[0] == need:
+            made = makes(value.op.rule, assignment, self.mesh)[0]
+            if made == need.reduced() and made not in layouts:
                 self.emit(value.op, assignment, [self.tensor(v) for v in value.op.inputs])
-                return Key(value, need)
+                return self.read(value, need, op)
         itemsize = value.itemsize
-        usable = [a for a in layouts if set(need.partial) <= set(a.partial)]
-        options = [(plan(a, need, value.shape, itemsize, self.mesh), a) for a in usable]
+        options = [(plan(a, need, value.shape, itemsize, self.mesh), a) for a in layouts]
         best, src = min(options, key=lambda option: option[0].cost)
         self.code.append(Move(value, src, need, best, op))
         self.at_hand.setdefault(value.id, [src]).append(need)
@@ -275,46 +306,19 @@ class _Scope:
         return Key(value, need)
 
     def control(self, op: Op) -> None:
-        """A control-flow op: layouts at the regions' boundaries are those propagated there."""
-        control, planner = op.control, self.planner
-        assert control is not None
-        inputs = [[planner.wanted(v) for v in r.inputs] for r in op.regions]
-        outputs = [[planner.wanted(v).reduced() for v in r.outputs] for r in op.regions]
-        reads = self.ports(op.in_ports, [r.inputs for r in op.regions], inputs)
-        made = self.ports(op.out_ports, [r.outputs for r in op.regions], outputs)
-        for region, out, into in control.carries(op):
-            outputs[region][out] = inputs[region][into]
-        for port in op.out_ports:
-            made[port.outer] = planner.outside(outputs[port.region][port.inner], port)
-        manual = control.manual(op.params)
-        mesh = self.mesh.without(manual.axes) if manual else self.mesh
-        regions = tuple(
-            planner.region(r, mesh, i, o)
-            for r, i, o in zip(op.regions, inputs, outputs, strict=True)
-        )
+        """A control-flow op: layouts at the regions' boundaries are those propagated there, unless
+        a pass over loops knows better."""
+        planner = self.planner
+        found = improved(planner, self, op, plan_regions(planner, self, op, {}))
+        planner.diagnostics += found.diagnostics
+        reads, made = found.boundary.reads, found.boundary.made
         operands = tuple(
             self.read(v, reads.get(i, _whole(v)), op) for i, v in enumerate(op.inputs)
         )
         results = tuple(Key(v, made[i]) for i, v in enumerate(op.outputs))
         for value, layout in results:
             self.at_hand[value.id] = [layout]
-        self.code.append(Compute(op, Assignment(()), operands, results, regions))
-
-    def ports(
-        self, ports: Sequence[Port], values: Sequence[Sequence[Value]],
-        layouts: list[list[Layout]],
-    ) -> dict[int, Layout]:  # fmt: skip
-        """Layouts of outer values. `layouts` of inner ones are made to agree: what is passed once
-        has, at all its ports, the layout of the first."""
-        first: dict[int, Layout] = {}
-        found: dict[int, Layout] = {}
-        for port in ports:
-            if port.outer not in first:
-                inner = self.planner.at_boundary(values[port.region][port.inner], port)
-                first[port.outer] = inner
-                found[port.outer] = self.planner.outside(inner, port)
-            layouts[port.region][port.inner] = first[port.outer]
-        return found
+        self.code.append(Compute(op, Assignment(()), operands, results, found.regions))
 
 
 def _whole(value: Value) -> Layout:
@@ -340,6 +344,8 @@ def _made_from_nothing(op: Op) -> bool:
 
 def _agree(op: Op, operands: Sequence[Tensor], wanted: Layout) -> bool:
     """Every operand of full shape already lies as the result should; others are scalars."""
+    if wanted.partial:
+        return False
     shape = op.outputs[0].shape
     for value, tensor in zip(op.inputs, operands, strict=True):
         if value.rank == 0:

@@ -20,11 +20,15 @@ from spmd import cost
 Dims = tuple[tuple[str, ...], ...]
 
 
+# Steps in which no device sends anything.
+LOCAL = frozenset(("addend", "slice"))
+
+
 class Step(NamedTuple):
     """One collective, or a local slice.
 
     Attributes:
-      kind: slice, all_gather, all_to_all, reduce_scatter, all_reduce, permute.
+      kind: addend, slice, all_gather, all_to_all, reduce_scatter, all_reduce, permute.
       axes: mesh axes it runs over, major to minor.
       dim: dim it acts on (gathered, sliced, scattered; all_to_all: gathered).
       to_dim: all_to_all: the dim that is split.
@@ -62,11 +66,12 @@ def plan(src: Layout, dst: Layout, shape: tuple[int, ...], itemsize: int, mesh: 
       itemsize: bytes per element.
 
     Raises:
-      VerificationError: `dst` is partial over an axis that `src` is not.
+      VerificationError: `dst` is partial over an axis that `src` is not, by another monoid than
+        add.
     """
     if src == dst:
         return Plan((), 0.0)
-    if not set(dst.partial) <= set(src.partial):
+    if any(monoid != "add" for _, monoid in set(dst.partial) - set(src.partial)):
         raise VerificationError(_not_partial(src, dst))
     best: dict[Layout, float] = {src: 0.0}
     came: dict[Layout, tuple[Layout, Step]] = {}
@@ -94,7 +99,7 @@ def step_cost(
     """Wire bytes, memory traffic and a constant per collective, in link bytes."""
     touched = local_bytes(before, shape, itemsize, mesh)
     touched += local_bytes(step.after, shape, itemsize, mesh)
-    latency = 0.0 if step.kind == "slice" else cost.STEP_BYTES
+    latency = 0.0 if step.kind in LOCAL else cost.STEP_BYTES
     return step.bytes + latency + cost.compute(0, touched)
 
 
@@ -115,6 +120,7 @@ def _steps(
     at: Layout, dst: Layout, shape: tuple[int, ...], itemsize: int, mesh: MeshShape
 ) -> Iterator[Step]:
     size = local_bytes(at, shape, itemsize, mesh)
+    yield from _addends(at, dst)
     yield from _reductions(at, dst, shape, size, mesh)
     yield from _slices(at, dst, shape, mesh)
     yield from _gathers(at, shape, itemsize, mesh)
@@ -143,6 +149,15 @@ def _reductions(
             after = Layout(at.dims, _without(at.partial, group))
             wire = cost.all_reduce(size, axes_size(mesh, group))
             yield Step("all_reduce", group, -1, -1, monoid, after, wire)
+
+
+def _addends(at: Layout, dst: Layout) -> Iterator[Step]:
+    """A whole value as a sum over axes: one shard has all of it, the others nothing."""
+    missing = tuple(p for p in dst.partial if p not in at.partial)
+    axes = tuple(a for a, _ in missing)
+    if missing and at.used.isdisjoint(axes):
+        after = Layout(at.dims, tuple(sorted((*at.partial, *missing))))
+        yield Step("addend", axes, -1, -1, "add", after, 0.0)
 
 
 def _slices(at: Layout, dst: Layout, shape: tuple[int, ...], mesh: MeshShape) -> Iterator[Step]:

@@ -4,13 +4,14 @@ Always on in tests (`SPMD_VERIFY=1`); cheap enough to leave on.
 """
 
 import os
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
 
 from sharding.errors import Problem, VerificationError
 from sharding.mesh import MeshShape
-from sharding.program import describe
+from sharding.program import Value, describe
 from sharding.spec import Layout
 from spmd.partition.choose import makes
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
@@ -25,7 +26,7 @@ def verify(plan: ProgramPlan) -> None:
       VerificationError: with every violation found.
     """
     problems: list[Problem] = []
-    _region(plan.body, problems)
+    _region(plan.body, problems, ())
     if problems:
         raise VerificationError(*problems)
 
@@ -74,13 +75,15 @@ def check_gather(
             )
 
 
-def _region(region: RegionPlan, problems: list[Problem]) -> None:
+def _region(region: RegionPlan, problems: list[Problem], sums: Collection[int]) -> None:
+    """`sums`: ids of the inputs and outputs that a loop carries as sums."""
     mesh = region.mesh
     known: set[tuple[int, Layout]] = set()
+    read = {v.id for i in region.code for v in _read(i)}
     for value, layout in zip(region.region.inputs, region.inputs, strict=True):
         known.add((value.id, layout))
         _layout(value, layout, mesh, problems)
-        if layout.partial:
+        if layout.partial and value.id not in sums and value.id in read:
             problems.append(_leak(value, layout, "enters a region"))
 
     def readable(key: Key) -> bool:
@@ -99,13 +102,32 @@ def _region(region: RegionPlan, problems: list[Problem]) -> None:
             known.add((key.value.id, key.layout))
         if instruction.op.control is None and not instruction.op.rule.elementary:
             _compute(instruction, mesh, problems)
-        for inner in instruction.regions:
-            _region(inner, problems)
+        for i, inner in enumerate(instruction.regions):
+            _region(inner, problems, _sums(instruction, i))
     for key in region.outputs:
-        if key.layout.partial:
+        if key.layout.partial and key.value.id not in sums:
             problems.append(_leak(key.value, key.layout, "leaves a region"))
         if not readable(key):
             problems.append(_unknown(key, None))
+
+
+def _read(instruction: Move | Compute) -> Iterable[Value]:
+    if isinstance(instruction, Move):
+        return (instruction.value,)
+    return (key.value for key in instruction.operands)
+
+
+def _sums(instruction: Compute, region: int) -> set[int]:
+    """Inputs and outputs of a region that are partial alike from step to step, by add."""
+    control = instruction.op.control
+    found: set[int] = set()
+    for r, out, into in control.carries(instruction.op) if control is not None else ():
+        body = instruction.regions[r]
+        layout = body.inputs[into]
+        alike = body.outputs[out].layout == layout and {m for _, m in layout.partial} == {"add"}
+        if r == region and alike:
+            found |= {body.region.inputs[into].id, body.outputs[out].value.id}
+    return found
 
 
 def _compute(instruction: Compute, mesh: MeshShape, problems: list[Problem]) -> None:

@@ -1,0 +1,237 @@
+"""What a loop would do in each of its steps and can do once: two passes over a planned loop.
+
+`loop_sums`: what the steps add up stays a partial sum, and is reduced after the last one.
+`loop_invariants`: what every step brings into the same place is brought there before the first.
+
+Both are tried on the plan of the loop and kept where they move fewer bytes. Memory that they take
+has to be worth it: a copy of all weights, whole, is not, if it saves a gather in a few steps.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from sharding.program import Op, Value
+from sharding.project import to_dims, to_factors
+from sharding.spec import Layout
+from spmd import cost
+from spmd.partition.choose import cheapest, iterations
+from spmd.partition.plan import Key, Move, RegionPlan
+from spmd.partition.regions import Given, Planned, plan_regions
+from spmd.partition.reshard import plan
+
+# Steps of a loop whose number is not known before it runs.
+UNKNOWN_TRIPS = 4
+# Link bytes that a byte of memory has to save.
+WORTH = 16.0
+
+
+def improved(planner: Any, scope: Any, op: Op, found: Planned) -> Planned:
+    """The plan of a loop after the passes that are on; of anything else, as it is.
+
+    Args:
+      planner, scope: as for `regions.plan_regions`.
+    """
+    if op.control is None or not op.control.carries(op):
+        return found
+    trips = op.control.trips(op)
+    trips = trips if op.control.counted else UNKNOWN_TRIPS
+    if trips < 2:
+        return found
+    if planner.on("loop_sums"):
+        found = _better(planner, scope, op, found, dict(_sums(planner, op, trips)), trips)
+    if planner.on("loop_invariants"):
+        for way in (_moved, _sharded):
+            given = dict(_invariants(planner, op, found, trips, way))
+            found = _better(planner, scope, op, found, given, trips)
+    return found
+
+
+def _better(
+    planner: Any, scope: Any, op: Op, found: Planned, given: Given, trips: int
+) -> Planned:
+    """The cheaper of a plan, and the one with further layouts given."""
+    if not given:
+        return found
+    before = planner.assume(_assumed(planner, op, given))
+    other = plan_regions(planner, scope, op, {**found.given, **given})
+    if _total(planner, scope, op, other, trips) < _total(planner, scope, op, found, trips):
+        return other
+    planner.assume(before, only=True)
+    return found
+
+
+def _total(planner: Any, scope: Any, op: Op, planned: Planned, trips: int) -> float:
+    """Of all steps, of what brings operands to the loop, and results to where they are wanted."""
+    inside = sum(_region_cost(region, trips) for region in planned.regions)
+    boundary = planned.boundary
+    entering = sum(
+        cheapest(scope.tensor(op.inputs[i]), need, scope.mesh)
+        for i, need in boundary.reads.items() if op.inputs[i].rank
+    )  # fmt: skip
+    leaving = sum(
+        plan(made, made.reduced(), v.shape, v.itemsize, scope.mesh).cost
+        for v, made in ((op.outputs[i], layout) for i, layout in boundary.made.items())
+        if made.partial and planner.uses[v.id]
+    )
+    return inside + entering + leaving
+
+
+def _region_cost(region: RegionPlan, trips: int) -> float:
+    total = 0.0
+    for found, runs in region.walk(trips):
+        if isinstance(found, Move):
+            total += runs * found.plan.cost
+        elif found.rule is not None:
+            work = iterations(found.rule, found.assignment.axes, region.mesh) * found.rule.flops
+            total += runs * cost.compute(work, 0)
+    return total
+
+
+# --- sums ---------------------------------------------------------------------------------------
+
+
+def _sums(planner: Any, op: Op, trips: int) -> Iterator[tuple[int, Layout]]:
+    """Operands that a loop only adds to: the partial layouts of their sums."""
+    ports: dict[int, list[Value]] = {}
+    outer: dict[tuple[int, int], int] = {}
+    for port in op.in_ports:
+        ports.setdefault(port.outer, []).append(op.regions[port.region].inputs[port.inner])
+        outer[port.region, port.inner] = port.outer
+    for region, out, into in op.control.carries(op) if op.control is not None else ():
+        carry = op.regions[region].inputs[into]
+        elsewhere = [v for v in ports[outer[region, into]] if v is not carry]
+        if any(planner.uses[v.id] for v in elsewhere):
+            continue  # what a predicate reads is whole
+        layout = _partial_sum(planner, carry, op.regions[region].outputs[out])
+        if layout is None:
+            continue
+        reduced = planner.wanted(carry).reduced()
+        step = plan(layout, reduced, carry.shape, carry.itemsize, planner.mesh)
+        more = _more_bytes(planner, carry, layout, reduced)
+        if (trips - 1) * step.bytes > WORTH * more:
+            yield outer[region, into], layout
+
+
+def _partial_sum(planner: Any, carry: Value, result: Value) -> Layout | None:
+    """The partial layout that a carry and everything added to it can have; None where there is
+    none, or something else reads the sum on the way."""
+    value, layout = carry, None
+    while value is not result:
+        reader = planner.addends.only_reader(value)
+        if reader is None or len(reader[0].outputs) != 1 or reader[0].rule.annotation is not None:
+            return None
+        op, operand = reader
+        group = next((g for g in op.rule.linear if operand in g), None)
+        if group is None or op.outputs[0].shape != carry.shape:
+            return None
+        for i in group:
+            if i != operand:
+                added = made_partial(planner, op.inputs[i])
+                if added is None or layout not in (None, added):
+                    return None
+                layout = added
+        value = op.outputs[0]
+        if layout is not None and _through(op, operand, layout, planner.mesh) != layout:
+            return None
+    return layout if value.op is not None and planner.uses[result.id] == 1 else None
+
+
+def made_partial(planner: Any, value: Value) -> Layout | None:
+    """The layout of a value that linear operations make of partial ones, were none reduced."""
+    if not planner.addends.leaves(value):
+        return None
+    if planner.addends.leaves(value) == (value,):
+        ways = planner.alternatives(value)
+        return ways.made if ways is not None and ways.partial < ways.alone else None
+    op = value.op
+    assert op is not None
+    if op.rule.annotation is not None:
+        return None
+    for group in op.rule.linear:
+        made = {made_partial(planner, op.inputs[i]) for i in group}
+        if len(made) == 1 and (layout := made.pop()) is not None:
+            return _through(op, group[0], layout, planner.mesh)
+    return None
+
+
+def _through(op: Op, operand: int, layout: Layout, mesh: Any) -> Layout:
+    """The layout of a result, of an operand's."""
+    factors = to_factors(op.rule, operand, layout.dims, mesh)
+    return Layout(to_dims(op.rule, len(op.inputs), factors, mesh), layout.partial)
+
+
+def _assumed(planner: Any, op: Op, given: Given) -> dict[int, Layout]:
+    """The values that stay partial inside of a loop, with their layouts."""
+    found: dict[int, Layout] = {}
+    for port in op.in_ports:
+        layout = given.get(port.outer)
+        value = op.regions[port.region].inputs[port.inner]
+        while layout is not None and layout.partial and planner.uses[value.id]:
+            found[value.id] = layout
+            reader = planner.addends.only_reader(value)
+            if reader is None:
+                break
+            group = next(g for g in reader[0].rule.linear if reader[1] in g)
+            for i in group:
+                if i != reader[1]:
+                    found.update(_made_on_the_way(planner, reader[0].inputs[i]))
+            value = reader[0].outputs[0]
+    return found
+
+
+def _made_on_the_way(planner: Any, value: Value) -> Iterator[tuple[int, Layout]]:
+    layout = made_partial(planner, value)
+    if layout is None:
+        return
+    yield value.id, layout
+    if planner.addends.leaves(value) == (value,):
+        return
+    assert value.op is not None
+    for group in value.op.rule.linear:
+        for i in group:
+            yield from _made_on_the_way(planner, value.op.inputs[i])
+
+
+# --- invariants -----------------------------------------------------------------------------------
+
+
+def _invariants(
+    planner: Any, op: Op, found: Planned, trips: int, way: Callable[..., Layout | None]
+) -> Iterator[tuple[int, Layout]]:
+    """Operands that stay the same, with another layout that may be worth its memory."""
+    assert op.control is not None
+    carried = {(region, into) for region, _, into in op.control.carries(op)}
+    for port in op.in_ports:
+        value = op.regions[port.region].inputs[port.inner]
+        if (port.region, port.inner) in carried or port.stacked or any(port.lead):
+            continue
+        region = found.regions[port.region]
+        layout = way(region, value, region.inputs[port.inner], trips)
+        if layout is None:
+            continue
+        moved = plan(region.inputs[port.inner], layout, value.shape, value.itemsize, planner.mesh)
+        more = Key(value, layout).local_bytes(planner.mesh)
+        if (trips - 1) * moved.bytes > WORTH * more:
+            yield port.outer, layout
+
+
+def _moved(region: RegionPlan, value: Value, layout: Layout, trips: int) -> Layout | None:
+    """Where the steps bring it to."""
+    moves = [
+        i for i in region.code
+        if isinstance(i, Move) and i.value is value and i.plan.bytes and not i.dst.partial
+    ]
+    return max(moves, key=lambda move: move.plan.bytes).dst if moves else None
+
+
+def _sharded(region: RegionPlan, value: Value, layout: Layout, trips: int) -> Layout | None:
+    """Whole, where the steps rather move other values than gather this one: less in one step."""
+    moving = trips * sum(i.plan.bytes for i in region.code if isinstance(i, Move))
+    size = Key(value, Layout(((),) * value.rank)).local_bytes(region.mesh)
+    return Layout(((),) * value.rank) if any(layout.dims) and moving > size else None
+
+
+def _more_bytes(planner: Any, value: Value, layout: Layout, than: Layout) -> int:
+    """Memory that a value takes in one layout more than in another."""
+    taken = (Key(value, x).local_bytes(planner.mesh) for x in (layout, than))
+    return max(next(taken) - next(taken), 0)

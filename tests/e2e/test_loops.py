@@ -1,0 +1,214 @@
+"""Passes over loops: values against the unsharded program, and what is sent without them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import spmd
+from sharding import ArgumentError, P, shard
+from spmd.partition.planner import PASSES
+from tests.oracle import check, make_mesh
+
+STEPS = 40
+
+
+def arr(*shape: int, seed: int = 0) -> jax.Array:
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.standard_normal(shape) * 0.1, jnp.float32)
+
+
+def sent(stage: spmd.Partitioned) -> dict[str, int]:
+    """Kind of collective -> how often it runs."""
+    counts: dict[str, int] = {}
+    for record in stage.collectives:
+        counts[record.kind] = counts.get(record.kind, 0) + record.count
+    return counts
+
+
+def both(fun: Callable, args: Any, ins: Any, outs: Any, **axes: int) -> tuple[Any, Any]:
+    """The program with the passes and without them, each checked in value."""
+    mesh = make_mesh(**(axes or {"x": 4}))
+    return (
+        check(fun, args, mesh, ins, outs),
+        check(fun, args, mesh, ins, outs, disable_passes=PASSES),
+    )
+
+
+# --- sums ---------------------------------------------------------------------------------------
+
+
+def accumulate(w: Any, batches: Any) -> Any:
+    """Gradients of several batches, added up."""
+
+    def micro(total: Any, x: Any) -> Any:
+        return total + jax.grad(lambda w: jnp.sum(jnp.tanh(x @ w) ** 2))(w), None
+
+    return lax.scan(micro, jnp.zeros_like(w), batches)[0]
+
+
+def test_gradients_of_batches_are_reduced_once() -> None:
+    args = arr(64, 32), arr(6, 256, 64, seed=1)
+    ours, without = both(accumulate, args, (P(), P(None, "x")), P())
+    assert sent(ours) == {"all_reduce": 1}
+    assert sent(without) == {"all_reduce": 6}
+
+
+def test_a_sum_goes_where_it_is_wanted_at_once() -> None:
+    args = arr(64, 32), arr(40, 256, 64, seed=1)
+    ours, without = both(accumulate, args, (P(), P(None, "x")), P("x"))
+    assert sent(ours) == {"reduce_scatter": 1}
+    assert sent(without)["reduce_scatter"] == 40
+
+
+def test_memory_has_to_be_worth_it() -> None:
+    """Six batches do not pay for a whole gradient where a shard of it will do."""
+    args = arr(64, 32), arr(6, 256, 64, seed=1)
+    ours, without = both(accumulate, args, (P(), P(None, "x")), P("x"))
+    assert sent(ours) == sent(without) == {"reduce_scatter": 6}
+
+
+def test_a_loop_whose_steps_nobody_counts() -> None:
+    def fun(w: Any, x: Any, n: Any) -> Any:
+        step = lambda i, total: total + jnp.tanh(x @ w).T @ x  # noqa: E731
+        return lax.fori_loop(0, n, step, jnp.zeros((32, 64)))
+
+    for n in (0, 1, 5):
+        args = arr(64, 32), arr(256, 64, seed=1), np.int32(n)
+        ours, _ = both(fun, args, (P(), P("x"), P()), P())
+        assert sent(ours) == {"all_reduce": 1}
+
+
+def test_sums_of_sums_and_a_start_that_is_not_zero() -> None:
+    def fun(w: Any, xs: Any, start: Any) -> Any:
+        def step(total: Any, x: Any) -> Any:
+            y = jnp.tanh(x @ w)
+            return 0.5 * (total + y.T @ x) + (x.T @ y).T, None
+
+        return lax.scan(step, start, xs)[0]
+
+    args = arr(64, 32), arr(6, 256, 64, seed=1), arr(32, 64, seed=2)
+    ours, without = both(fun, args, (P(), P(None, "x"), P()), P())
+    assert sent(ours) == {"all_reduce": 1}
+    assert sent(without) == {"all_reduce": 12}
+
+
+def test_a_sum_that_a_step_reads_is_reduced_there() -> None:
+    def fun(w: Any, xs: Any) -> Any:
+        def step(total: Any, x: Any) -> Any:
+            total = total + jnp.tanh(x @ w).T @ x
+            return total, jnp.max(total)
+
+        return lax.scan(step, jnp.zeros((32, 64)), xs)
+
+    args = arr(64, 32), arr(6, 256, 64, seed=1)
+    ours, without = both(fun, args, (P(), P(None, "x")), P())
+    assert sent(ours) == sent(without) == {"all_reduce": 6}
+
+
+def test_a_sum_that_a_predicate_reads_is_reduced_there() -> None:
+    def fun(w: Any, x: Any) -> Any:
+        def more(carry: Any) -> Any:
+            return (carry[0] < 9) & (jnp.sum(carry[1]) < 1e6)
+
+        def step(carry: Any) -> Any:
+            return carry[0] + 1, carry[1] + jnp.tanh(x @ w).T @ x
+
+        return lax.while_loop(more, step, (0, jnp.zeros((32, 64))))[1]
+
+    ours, without = both(fun, (arr(64, 32), arr(256, 64, seed=1)), (P(), P("x")), P())
+    assert sent(ours) == sent(without)
+
+
+def test_an_annotated_gradient_is_where_it_is_asked_for() -> None:
+    def fun(w: Any, xs: Any) -> Any:
+        def step(total: Any, x: Any) -> Any:
+            return total + shard(jnp.tanh(x @ w).T @ x, "x", None), None
+
+        return lax.scan(step, jnp.zeros((32, 64)), xs)[0]
+
+    args = arr(64, 32), arr(40, 256, 64, seed=1)
+    ours, _ = both(fun, args, (P(), P(None, "x")), P("x"))
+    assert sent(ours)["reduce_scatter"] == 40
+
+
+def test_sums_over_two_axes_in_nested_loops() -> None:
+    def fun(w: Any, xs: Any) -> Any:
+        outer = lambda total, x: (total + accumulate(w, x), None)  # noqa: E731
+        return lax.scan(outer, jnp.zeros_like(w), xs)[0]
+
+    args = arr(64, 32), arr(3, 5, 256, 64, seed=1)
+    ours, without = both(fun, args, (P(), P(None, None, ("x", "y"))), P(), x=2, y=4)
+    assert sum(sent(without).values()) >= 15
+    assert sum(sent(ours).values()) <= 3
+
+
+# --- invariants ---------------------------------------------------------------------------------
+
+
+def recurrence(params: Any, xs: Any) -> Any:
+    """A step of training of a recurrent network."""
+
+    def loss(params: Any) -> Any:
+        def cell(h: Any, x: Any) -> Any:
+            h = jnp.tanh(x @ params["wx"] + h @ params["wh"] + params["b"])
+            return h, h
+
+        start = jnp.zeros((xs.shape[1], params["wh"].shape[0]))
+        return jnp.mean(lax.scan(cell, start, xs)[1] ** 2)
+
+    return jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params))
+
+
+def recurrent_args() -> Any:
+    params = {"wx": arr(32, 64), "wh": arr(64, 64, seed=1), "b": arr(64, seed=2)}
+    return params, arr(STEPS, 256, 32, seed=3)
+
+
+def test_gradients_of_a_recurrent_network_are_reduced_once() -> None:
+    ins = (None, P(None, "x"))
+    ours, without = both(recurrence, recurrent_args(), ins, None)
+    assert sent(ours) == {"all_reduce": 3}
+    assert sent(without)["all_reduce"] >= STEPS
+
+
+def test_sharded_weights_are_gathered_before_the_loop() -> None:
+    ins = (dict.fromkeys(("wx", "wh", "b"), P("x")), P(None, "x"))
+    ours, without = both(recurrence, recurrent_args(), ins, ins[0])
+    assert sent(ours)["all_gather"] <= 6
+    assert sent(ours)["reduce_scatter"] <= 3
+    assert sum(sent(without).values()) >= 2 * STEPS
+    assert ours.wire_bytes < 0.1 * without.wire_bytes
+
+
+def test_a_few_steps_gather_each_for_themselves() -> None:
+    def fun(w: Any, xs: Any) -> Any:
+        return lax.scan(lambda c, x: (c, jnp.tanh(x @ w)), 0, xs)[1]
+
+    args = arr(64, 64), arr(4, 4096, 64, seed=1)
+    ours, without = both(fun, args, (P("x"), P(None, "x")), P(None, "x"))
+    assert sent(ours) == sent(without) == {"all_gather": 4}
+
+
+def test_an_unknown_pass_is_an_error() -> None:
+    with pytest.raises(ArgumentError) as error:
+        spmd.jit(accumulate, disable_passes=["loop_sum"])
+    assert str(error.value) == (
+        "disable_passes=['loop_sum']\n"
+        "  why: there is no pass 'loop_sum' (did you mean 'loop_sums'?)\n"
+        "  fix: choose from loop_sums, loop_invariants, as a sequence"
+    )
+    with pytest.raises(ArgumentError, match="as a sequence"):
+        spmd.jit(accumulate, disable_passes="loop_sums")
+
+
+def test_the_oracle_follows_a_sum_through_its_loop() -> None:
+    args = arr(64, 32), arr(6, 256, 64, seed=1)
+    report = spmd.check(
+        accumulate, *args, mesh=make_mesh(x=4), in_shardings=(P(), P(None, "x")), out_shardings=P()
+    )
+    assert report.ok, str(report)
