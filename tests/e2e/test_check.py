@@ -150,7 +150,10 @@ def test_the_place_names_loops_iterations_branches_and_calls(program, where):
 
 def test_the_iteration_is_the_first_that_is_wrong():
     def steps(x, ys):
-        return lax.scan(lambda c, y: (jnp.abs(c) + jnp.tanh(y @ x).sum(), None), jnp.float32(0), ys)[0]
+        def step(c, y):  # each step reads the sum: it is reduced there
+            return jnp.abs(c) + jnp.tanh(y @ x).sum(), None
+
+        return lax.scan(step, jnp.float32(0), ys)[0]
 
     ys = np.zeros((4, 8), np.float32)
     ys[2:] = 1  # before that the sums are of zeros
