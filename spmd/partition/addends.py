@@ -4,6 +4,9 @@ The gradients of three projections of one input are three products and their sum
 alone would rather avoid its reduction; the three together need only one, of the sum.
 """
 
+from collections.abc import Iterator
+from math import prod
+
 from sharding.program import Op, Program, Value
 from sharding.rule import Kind
 
@@ -23,7 +26,7 @@ class Addends:
             group = None if reader is None else _group(reader[0], reader[1])
             if reader is None or group is None:
                 return value, self.leaves(value)
-            if not all(self.leaves(reader[0].inputs[i]) for i in group):
+            if not all(self.added(reader[0].inputs[i]) for i in group):
                 return value, self.leaves(value)
             value = reader[0].outputs[0]
 
@@ -34,15 +37,18 @@ class Addends:
             found = self.found[value.id] = self._leaves(value)
         return found
 
+    def added(self, value: Value) -> tuple[Value, ...]:
+        """`leaves` of an operand of a sum; none where others read it too, who may need it whole."""
+        return self.leaves(value) if self.program.uses[value.id] == 1 else ()
+
     def _leaves(self, value: Value) -> tuple[Value, ...]:
         op = value.op
         if op is None or op.control is not None or len(op.outputs) != 1:
             return ()
-        factors = op.rule.factors.values()
-        if any(f.kind is Kind.REDUCE and f.monoid == "add" and f.size > 1 for f in factors):
+        if reduces(op):
             return (value,)
-        for group in op.rule.linear:
-            parts = [self.leaves(op.inputs[i]) for i in group]
+        for group in linear_groups(op):
+            parts = [self.added(op.inputs[i]) for i in group]
             if all(parts):
                 return tuple(leaf for part in parts for leaf in part)
         return ()
@@ -59,4 +65,19 @@ def _group(op: Op, operand: int) -> tuple[int, ...] | None:
     """The operands in which the operation is linear together with this one."""
     if len(op.outputs) != 1 or op.rule.annotation is not None:
         return None
-    return next((group for group in op.rule.linear if operand in group), None)
+    return next((group for group in linear_groups(op) if operand in group), None)
+
+
+def reduces(op: Op) -> bool:
+    """Whether an operation sums over a dim."""
+    factors = op.rule.factors.values()
+    return any(f.kind is Kind.REDUCE and f.monoid == "add" and f.size > 1 for f in factors)
+
+
+def linear_groups(op: Op) -> Iterator[tuple[int, ...]]:
+    """Operands whose sums may be taken after an operation instead of before it: it is linear in
+    them, and its result is no larger."""
+    size = prod(op.outputs[0].shape)
+    for group in op.rule.linear:
+        if all(size <= prod(op.inputs[i].shape) for i in group):
+            yield group

@@ -12,8 +12,10 @@ from typing import Any
 
 from sharding.program import Op, Value
 from sharding.project import to_dims, to_factors
+from sharding.region import Port
 from sharding.spec import Layout
 from spmd import cost
+from spmd.partition.addends import linear_groups, reduces
 from spmd.partition.choose import cheapest, iterations
 from spmd.partition.plan import Key, Move, RegionPlan
 from spmd.partition.regions import Given, Planned, plan_regions
@@ -38,21 +40,24 @@ def improved(planner: Any, scope: Any, op: Op, found: Planned) -> Planned:
     if trips < 2:
         return found
     if planner.on("loop_sums"):
-        found = _better(planner, scope, op, found, dict(_sums(planner, op, trips)), trips)
+        given = dict(_sums(planner, op, trips))
+        inside = _assumed(planner, op, given) | dict(_stacked(planner, op, found, trips))
+        found = _better(planner, scope, op, found, given, inside, trips)
     if planner.on("loop_invariants"):
         for way in (_moved, _sharded):
             given = dict(_invariants(planner, op, found, trips, way))
-            found = _better(planner, scope, op, found, given, trips)
+            found = _better(planner, scope, op, found, given, {}, trips)
     return found
 
 
 def _better(
-    planner: Any, scope: Any, op: Op, found: Planned, given: Given, trips: int
-) -> Planned:
-    """The cheaper of a plan, and the one with further layouts given."""
-    if not given:
+    planner: Any, scope: Any, op: Op, found: Planned, given: Given, assumed: dict[int, Layout],
+    trips: int,
+) -> Planned:  # fmt: skip
+    """The cheaper of a plan, and the one with further layouts given, and assumed inside."""
+    if not given and not assumed:
         return found
-    before = planner.assume(_assumed(planner, op, given))
+    before = planner.assume(assumed)
     other = plan_regions(planner, scope, op, {**found.given, **given})
     if _total(planner, scope, op, other, trips) < _total(planner, scope, op, found, trips):
         return other
@@ -69,9 +74,9 @@ def _total(planner: Any, scope: Any, op: Op, planned: Planned, trips: int) -> fl
         for i, need in boundary.reads.items() if op.inputs[i].rank
     )  # fmt: skip
     leaving = sum(
-        plan(made, made.reduced(), v.shape, v.itemsize, scope.mesh).cost
+        plan(made, planner.wanted(v).reduced(), v.shape, v.itemsize, scope.mesh).cost
         for v, made in ((op.outputs[i], layout) for i, layout in boundary.made.items())
-        if made.partial and planner.uses[v.id]
+        if planner.uses[v.id]
     )
     return inside + entering + leaving
 
@@ -121,12 +126,13 @@ def _partial_sum(planner: Any, carry: Value, result: Value) -> Layout | None:
         if reader is None or len(reader[0].outputs) != 1 or reader[0].rule.annotation is not None:
             return None
         op, operand = reader
-        group = next((g for g in op.rule.linear if operand in g), None)
+        group = next((g for g in linear_groups(op) if operand in g), None)
         if group is None or op.outputs[0].shape != carry.shape:
             return None
         for i in group:
             if i != operand:
-                added = made_partial(planner, op.inputs[i])
+                used_once = planner.uses[op.inputs[i].id] == 1
+                added = made_partial(planner, op.inputs[i]) if used_once else None
                 if added is None or layout not in (None, added):
                     return None
                 layout = added
@@ -138,20 +144,39 @@ def _partial_sum(planner: Any, carry: Value, result: Value) -> Layout | None:
 
 def made_partial(planner: Any, value: Value) -> Layout | None:
     """The layout of a value that linear operations make of partial ones, were none reduced."""
-    if not planner.addends.leaves(value):
+    op = value.op
+    if op is None:
         return None
-    if planner.addends.leaves(value) == (value,):
+    if op.control is not None:
+        found = _inside(planner, value)
+        layout = None if found is None else made_partial(planner, found[1])
+        return None if layout is None or found is None else planner.outside(layout, found[0])
+    if len(op.outputs) != 1 or op.rule.annotation is not None:
+        return None
+    if reduces(op):
         ways = planner.alternatives(value)
         return ways.made if ways is not None and ways.partial < ways.alone else None
-    op = value.op
-    assert op is not None
-    if op.rule.annotation is not None:
-        return None
-    for group in op.rule.linear:
+    for group in linear_groups(op):
+        if any(planner.uses[op.inputs[i].id] != 1 for i in group):
+            continue
         made = {made_partial(planner, op.inputs[i]) for i in group}
         if len(made) == 1 and (layout := made.pop()) is not None:
             return _through(op, group[0], layout, planner.mesh)
     return None
+
+
+def _inside(planner: Any, value: Value) -> tuple[Port, Value] | None:
+    """What a result of an equation with regions is called in them: the one output that it is."""
+    op = value.op
+    if op is None or op.control is None or op.control.exclusive:
+        return None
+    place = next(i for i, v in enumerate(op.outputs) if v is value)
+    ports = [port for port in op.out_ports if port.outer == place]
+    carried = {(region, out) for region, out, _ in op.control.carries(op)}
+    if len(ports) != 1 or (ports[0].region, ports[0].inner) in carried or any(ports[0].lead):
+        return None
+    inner = op.regions[ports[0].region].outputs[ports[0].inner]
+    return (ports[0], inner) if planner.uses[inner.id] == 1 and planner.uses[value.id] else None
 
 
 def _through(op: Op, operand: int, layout: Layout, mesh: Any) -> Layout:
@@ -171,7 +196,7 @@ def _assumed(planner: Any, op: Op, given: Given) -> dict[int, Layout]:
             reader = planner.addends.only_reader(value)
             if reader is None:
                 break
-            group = next(g for g in reader[0].rule.linear if reader[1] in g)
+            group = next(g for g in linear_groups(reader[0]) if reader[1] in g)
             for i in group:
                 if i != reader[1]:
                     found.update(_made_on_the_way(planner, reader[0].inputs[i]))
@@ -180,16 +205,39 @@ def _assumed(planner: Any, op: Op, given: Given) -> dict[int, Layout]:
 
 
 def _made_on_the_way(planner: Any, value: Value) -> Iterator[tuple[int, Layout]]:
-    layout = made_partial(planner, value)
-    if layout is None:
+    """The values that `made_partial` passes, with their layouts."""
+    layout, op = made_partial(planner, value), value.op
+    if layout is None or op is None:
         return
     yield value.id, layout
-    if planner.addends.leaves(value) == (value,):
-        return
-    assert value.op is not None
-    for group in value.op.rule.linear:
-        for i in group:
-            yield from _made_on_the_way(planner, value.op.inputs[i])
+    if op.control is not None:
+        found = _inside(planner, value)
+        if found is not None:
+            yield from _made_on_the_way(planner, found[1])
+    elif not reduces(op):
+        for group in linear_groups(op):
+            for i in group:
+                yield from _made_on_the_way(planner, op.inputs[i])
+
+
+def _stacked(planner: Any, op: Op, found: Planned, trips: int) -> Iterator[tuple[int, Layout]]:
+    """Values inside of a loop that stay partial, since what is made of all steps' is reduced to
+    where it is wanted for less: to a layout that divides the steps."""
+    for port in op.out_ports:
+        value = op.outputs[port.outer]
+        inside = _inside(planner, value) if port.stacked else None
+        layout = None if inside is None else made_partial(planner, inside[1])
+        if layout is None or inside is None:
+            continue
+        wanted, made = planner.wanted(value).reduced(), found.boundary.made[port.outer]
+        there = found.boundary.outputs[port.region][port.inner]
+        outer = planner.outside(layout, port)
+        inner = inside[1]
+        each = plan(layout, there, inner.shape, inner.itemsize, planner.mesh).bytes
+        after = plan(made, wanted, value.shape, value.itemsize, planner.mesh).bytes
+        once = plan(outer, wanted, value.shape, value.itemsize, planner.mesh).bytes
+        if trips * each + after - once > WORTH * _more_bytes(planner, value, outer, made):
+            yield from _made_on_the_way(planner, inner)
 
 
 # --- invariants -----------------------------------------------------------------------------------

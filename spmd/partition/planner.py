@@ -37,9 +37,6 @@ from spmd.partition.plan import (
 from spmd.partition.regions import plan_regions
 from spmd.partition.reshard import plan
 
-# What can be switched off, each a module: see README.
-PASSES = ("loop_sums", "loop_invariants")
-
 
 def make_plan(
     propagated: Propagated, in_layouts: Sequence[Layout], out_layouts: Sequence[Layout],
@@ -51,7 +48,7 @@ def make_plan(
       propagated: a sharding for every value.
       in_layouts: boundary layouts of the arguments, on the mesh of `propagated`.
       out_layouts: the same for the results.
-      without: names of `PASSES` that are off.
+      without: names of passes that are off.
     """
     refs = {a for s in set(propagated.shardings) for d in s.dims for a in d.axes if ":" in a}
     while True:
@@ -126,6 +123,10 @@ class _Planner:
         if sharding not in self.refined:
             self.refined[sharding] = self.refine(sharding.layout)
         return self.refined[sharding]
+
+    def leaving(self, value: Value) -> Layout:
+        """The layout of a region's output: partial only where a pass assumes so."""
+        return self.assumed.get(value.id, self.wanted(value).reduced())
 
     def summed(self, value: Value) -> bool:
         """Whether a reduced value should stay partial, since a sum of several is reduced once for

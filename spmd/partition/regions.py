@@ -62,9 +62,12 @@ def _boundary(planner: Any, op: Op, given: Given) -> Boundary:
     control = op.control
     assert control is not None
     inputs = [[planner.wanted(v) for v in r.inputs] for r in op.regions]
-    outputs = [[planner.wanted(v).reduced() for v in r.outputs] for r in op.regions]
+    outputs = [[planner.leaving(v) for v in r.outputs] for r in op.regions]
     reads = _ports(planner, op.in_ports, [r.inputs for r in op.regions], inputs, given)
-    made = _ports(planner, op.out_ports, [r.outputs for r in op.regions], outputs, {})
+    made = _ports(planner, op.out_ports, [r.outputs for r in op.regions], outputs, {
+        port.outer: layout for port in op.out_ports
+        if (layout := outputs[port.region][port.inner]).partial
+    })  # fmt: skip
     for region, out, into in control.carries(op):
         outputs[region][out] = inputs[region][into]
     for port in op.out_ports:

@@ -127,6 +127,11 @@ def _sums(instruction: Compute, region: int) -> set[int]:
         alike = body.outputs[out].layout == layout and {m for _, m in layout.partial} == {"add"}
         if r == region and alike:
             found |= {body.region.inputs[into].id, body.outputs[out].value.id}
+    for port in instruction.op.out_ports if control is not None and not control.exclusive else ():
+        key = instruction.regions[port.region].outputs[port.inner]
+        partial = instruction.results[port.outer].layout.partial
+        if port.region == region and partial == key.layout.partial and not any(port.lead):
+            found.add(key.value.id)
     return found
 
 

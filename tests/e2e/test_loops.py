@@ -11,7 +11,7 @@ from jax import lax
 
 import spmd
 from sharding import ArgumentError, P, shard
-from spmd.partition.planner import PASSES
+from spmd.options import PASSES
 from tests.oracle import check, make_mesh
 
 STEPS = 40
@@ -147,6 +147,39 @@ def test_sums_over_two_axes_in_nested_loops() -> None:
     assert sum(sent(ours).values()) <= 3
 
 
+def layers(ws: Any, x: Any) -> Any:
+    """The loss of layers in a loop, each of them computed again in the backward pass."""
+    layer = jax.checkpoint(lambda h, w: (jnp.tanh(h @ w), None))
+    return jnp.sum(lax.scan(layer, x, ws)[0] ** 2)
+
+
+def test_gradients_of_batches_through_a_loop_over_layers_are_reduced_once() -> None:
+    def fun(ws: Any, xs: Any) -> Any:
+        micro = lambda total, x: (total + jax.grad(layers)(ws, x), None)  # noqa: E731
+        return lax.scan(micro, jnp.zeros_like(ws), xs)[0]
+
+    args = arr(3, 64, 64), arr(5, 256, 64, seed=1)
+    ours, without = both(fun, args, (P(), P(None, "x")), P())
+    assert sent(ours) == {"all_reduce": 1}
+    assert sent(without) == {"all_reduce": 15}
+
+
+def test_gradients_that_divide_the_layers_are_scattered_after_the_loop() -> None:
+    args = arr(4, 64, 64), arr(256, 64, seed=1)
+    ours, without = both(jax.grad(layers), args, (P("x"), P("x")), P("x"))
+    assert sent(ours)["reduce_scatter"] == 1 and "all_reduce" not in sent(ours)
+    assert sent(without)["all_reduce"] == 4
+
+
+def test_a_sum_is_reduced_before_it_is_enlarged() -> None:
+    def fun(x: Any, y: Any) -> Any:
+        return y + jnp.sum(x, 0)[None] + jnp.broadcast_to(jnp.sum(x * x, 0), y.shape)
+
+    args = arr(64, 8), arr(4096, 8, seed=1)
+    ours = check(fun, args, make_mesh(x=4), (P("x"), P()), P())
+    assert ours.wire_bytes <= 2 * 2 * 8 * 4
+
+
 # --- invariants ---------------------------------------------------------------------------------
 
 
@@ -200,7 +233,7 @@ def test_an_unknown_pass_is_an_error() -> None:
     assert str(error.value) == (
         "disable_passes=['loop_sum']\n"
         "  why: there is no pass 'loop_sum' (did you mean 'loop_sums'?)\n"
-        "  fix: choose from loop_sums, loop_invariants, as a sequence"
+        f"  fix: choose from {', '.join(PASSES)}, as a sequence"
     )
     with pytest.raises(ArgumentError, match="as a sequence"):
         spmd.jit(accumulate, disable_passes="loop_sums")
