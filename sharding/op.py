@@ -67,13 +67,13 @@ class Scope(NamedTuple):
     """What is around an operation.
 
     Attributes:
-      caller: source line of the call that it was inlined from.
+      site: the equation on a line of the user that it was inlined from, or is in; or None.
       manual: axes that the region it is in keeps to itself.
       axis_rules: those of the nested program that it comes from; None: those of the whole one.
       stack: JAX's name stack of the calls and regions that it is in.
     """
 
-    caller: str = ""
+    site: Any = None
     manual: Manual | None = None
     axis_rules: Any = None
     stack: str = ""
@@ -109,11 +109,17 @@ class Op:
     def literal(self, operand: int) -> Any:
         return self.inputs[operand].const
 
+    @property
+    def site(self) -> Any:
+        """The equation on a line of the user's code: its own, or the one that it is a part of."""
+        unknown = self.scope.site is not None and not _jax.source_of(self.eqn)
+        return self.scope.site if unknown else self.eqn
+
     @cached_property
     def source(self) -> str:
         """`file.py:line (function)` in the user's code; of the call it was inlined from where the
         equation itself was traced in a library."""
-        return _jax.source_of(self.eqn) or self.scope.caller
+        return _jax.source_of(self.site)
 
     @property
     def stack(self) -> str:

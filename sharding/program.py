@@ -136,10 +136,10 @@ class _Builder:
                 outputs = self.op(eqn, inputs, ops, scope)
             else:
                 with _jax.tracing_context(eqn):  # the body may be traced only now
-                    body = inline.body(eqn.params)
+                    body = inline.expand(eqn)
                 inputs = [inputs[i] for i in inline.operands(eqn.params, len(inputs))]
                 inner = scope._replace(
-                    caller=_jax.source_of(eqn) or scope.caller,
+                    site=eqn if _jax.source_of(eqn) else scope.site,
                     axis_rules=inline.axis_rules(eqn.params, scope.axis_rules),
                     stack=_below(scope, eqn),
                 )
@@ -153,7 +153,7 @@ class _Builder:
         if eqn.primitive in REGISTRY or (scope.manual is not None and scope.manual.full):
             return REGISTRY.inlined.get(eqn.primitive)
         fun = _jax.lowered_as(eqn.primitive)
-        return None if fun is None else Inline(lambda params: _jax.traced_as(fun, eqn))
+        return None if fun is None else Inline(None, function=fun)
 
     def op(self, eqn: Any, inputs: Sequence[Value], ops: list[Op], scope: Scope) -> list[Value]:
         """Appends one equation, with its regions; or one op per operand, where it says so."""
@@ -171,7 +171,7 @@ class _Builder:
         outputs = self.append(eqn.primitive, eqn.params, eqn, inputs, avals, ops, scope)
         if control is not None:
             inner = scope.inside(control.manual(eqn.params))._replace(
-                caller=ops[-1].source, stack=_below(scope, eqn)
+                site=ops[-1].site, stack=_below(scope, eqn)
             )
             with _jax.tracing_context(eqn):
                 bodies = control.bodies(eqn.params)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from sharding import _jax
 from sharding.mesh import MeshShape
 
 
@@ -83,11 +84,20 @@ class Inline(NamedTuple):
     """A primitive that is replaced by the equations of its body.
 
     Attributes:
-      body: params -> closed jaxpr.
+      body: params -> closed jaxpr; None: see `function`.
       operands: (params, number of operands) -> those that the body takes; by default all.
       axis_rules: (params, those around it) -> the axis rules that annotations in the body obey.
+      function: a function of JAX arrays that does the same: (*operands, **params) -> results.
     """
 
-    body: Callable[[Mapping[str, Any]], Any]
+    body: Callable[[Mapping[str, Any]], Any] | None
     operands: Callable[[Mapping[str, Any], int], Sequence[int]] = lambda params, n: range(n)
     axis_rules: Callable[[Mapping[str, Any], Any], Any] = lambda params, around: around
+    function: Callable[..., Any] | None = None
+
+    def expand(self, eqn: Any) -> Any:
+        """The closed jaxpr that replaces an equation."""
+        if self.function is not None:
+            return _jax.traced_as(self.function, eqn)
+        assert self.body is not None
+        return self.body(eqn.params)

@@ -294,9 +294,9 @@ def register_control(primitive: Any, control: Control) -> None:
 
 
 def register_inline(
-    primitive: Any, body: Callable[[Mapping[str, Any]], Any], **options: Any
+    primitive: Any, body: Callable[[Mapping[str, Any]], Any] | None, **options: Any
 ) -> None:
-    """`primitive` is replaced by the equations of `body(params)`, see `Inline`."""
+    """`primitive` is replaced by other equations, see `Inline`."""
     REGISTRY.claim(primitive)
     REGISTRY.inlined[primitive] = Inline(body, **options)
 

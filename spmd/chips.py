@@ -46,8 +46,9 @@ class Chip:
       wrap: "full" wraps a dim of `pod` chips, "cubes" all dims if all are multiples of 4.
       pod: chips along a dim that is wrapped around, for `wrap="full"`.
       node: devices in a node, for GPUs.
-      overlaps: kinds of collectives that XLA runs beside computation, with its default options,
-        in a program with explicit collectives; all others hold the device up.
+      overlaps: kinds of collectives that XLA runs beside computation, with `options`, in a
+        program with explicit collectives; all others hold the device up.
+      options: (name, value) of XLA's options that such programs are compiled with.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Chip:
     pod: int = 0
     node: int = 0
     overlaps: frozenset[str] = frozenset()
+    options: tuple[tuple[str, str], ...] = ()
 
     def peak(self, dtype: str) -> float:
         """FLOP/s of matmuls in `dtype`, e.g. "bfloat16".
@@ -87,9 +89,14 @@ class Chip:
         return known[dtype]
 
 
-# Of compiled programs, libtpu 0.0.42: all TPUs start permutes ahead, v5e all-gathers too.
+# Of compiled programs, libtpu 0.0.42: all TPUs start permutes ahead, v5e all-gathers too. Those
+# with SparseCores run other collectives on them, where they are told to.
 _TPU = frozenset(("permute",))
-_V5E = _TPU | {"all_gather"}
+_OVERLAPS = dict.fromkeys(("v2", "v3", "v4"), _TPU) | {"v5e": _TPU | {"all_gather"}}
+_OFFLOADED = ("all_gather", "all_reduce", "reduce_scatter")
+_OFFLOAD = tuple(
+    (f"xla_tpu_enable_sparse_core_collective_offload_{kind}", "true") for kind in _OFFLOADED
+)
 # NCCL runs on streams of its own.
 _GPU = frozenset(("permute", "all_gather", "all_reduce", "reduce_scatter", "all_to_all"))
 
@@ -106,7 +113,8 @@ def _tpu(
     dcn = 2.5e10 / (host * cores)
     return Chip(name, "tpu", kind, rank, cores, rates, hbm * GiB, usable * GiB, hbm_bandwidth,
                 link, dcn, clock=clock, wrap=wrap, pod=pod,
-                overlaps=_V5E if name == "v5e" else _TPU)  # fmt: skip
+                overlaps=_OVERLAPS.get(name, _TPU | frozenset(_OFFLOADED)),
+                options=() if name in _OVERLAPS else _OFFLOAD)  # fmt: skip
 
 
 def _gpu(name: str, bf16: float, tf32: float, hbm: float, bandwidth: float, links: float,

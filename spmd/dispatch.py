@@ -29,8 +29,7 @@ from spmd.arguments import Arguments, check_buffers, check_hashable, flatten, su
 from spmd.call import call_of
 from spmd.devices import check_concrete, checked_mesh, with_mesh
 from spmd.executable import Executable, Variants
-from spmd.options import Options
-from spmd.partition.planner import PASSES
+from spmd.options import PASSES, Options
 
 
 def jit(
@@ -77,7 +76,9 @@ def jit(
       strict: everything in `Partitioned.diagnostics` that costs a device 1 MiB or more is an
         error, which lists all of it.
       disable_passes: names of optimisations that are off: "loop_sums" (what a loop adds up is
-        reduced once, after it), "loop_invariants" (what its steps gather is gathered once).
+        reduced once, after it), "loop_invariants" (what its steps gather is gathered once),
+        "split_scatters" and "async_collectives" (what TPU compilers need in order to keep
+        reduce-scatters, and to run collectives beside computation).
 
     Returns:
       A callable with the stages `.trace`, `.lower` (see `spmd.stages`).

@@ -11,6 +11,9 @@ from jax.sharding import PartitionSpec, Sharding
 from sharding.annotate import AxisRules, Spec
 from sharding.mesh import MeshShape
 
+# What can be switched off, by `disable_passes`.
+PASSES = ("loop_sums", "loop_invariants", "split_scatters", "async_collectives")
+
 
 @dataclass(frozen=True, eq=False)
 class Options:
@@ -30,6 +33,10 @@ class Options:
     compiler_options: tuple[tuple[str, Any], ...] = ()
     strict: bool = False
     disable_passes: tuple[str, ...] = ()
+
+    def on(self, name: str) -> bool:
+        """Whether one of `PASSES` is on."""
+        return name not in self.disable_passes
 
     @property
     def mesh_shape(self) -> MeshShape:

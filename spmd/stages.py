@@ -32,8 +32,10 @@ from spmd.partition.findings import diagnose, forbid_waste
 from spmd.partition.interpret import per_device
 from spmd.partition.plan import Diagnostic, ProgramPlan
 from spmd.partition.planner import make_plan
+from spmd.partition.scatters import split_scatters
 from spmd.partition.verify import ENABLED, verify
 from spmd.reporting.stage import Reporting
+from spmd.target import chip_of, compiler_options
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,9 @@ class Propagated(Inspection):
         plan = make_plan(
             self.result, self._inputs[0], self._outputs[0], options.disable_passes
         )
+        chip = chip_of(options.mesh)
+        if chip is not None and chip.family == "tpu" and options.on("split_scatters"):
+            plan = split_scatters(plan)
         if ENABLED:
             verify(plan)
         if options.on_gather == "error":
@@ -334,7 +339,7 @@ class Partitioned(Inspection):
         propagated, given = self.propagated, self.propagated.traced.annotated
         flags = [] if _jit.looks_for_nans() else propagated.traced.donated
         options: dict[str, Any] = {
-            "compiler_options": dict(self.options.compiler_options) or None,
+            "compiler_options": compiler_options(self.options) or None,
             "donate_argnums": tuple(i for i, d in enumerate(flags) if d),
             "keep_unused": self.options.keep_unused,
         }

@@ -309,11 +309,12 @@ def name_stack_of(eqn: Any) -> str:
     return str(eqn.source_info.name_stack)
 
 
-def at_source(eqn: Any) -> AbstractContextManager:
-    """Equations traced inside carry the source line, name stack and context of `eqn`."""
-    info = eqn.source_info
-    stack = source_info_util.current_name_stack() + info.name_stack
-    return source_info_util.user_context(info.traceback, name_stack=stack)
+def at_source(eqn: Any, site: Any = None) -> AbstractContextManager:
+    """Equations traced inside carry the name stack of `eqn`, and the source line of `site`, which
+    is `eqn` itself unless that is on no line of the user."""
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    traceback = (eqn if site is None else site).source_info.traceback
+    return source_info_util.user_context(traceback, name_stack=stack)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from its neighbours. Nothing is ever gathered in order to be cut again.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,7 +13,6 @@ from jax import lax
 
 from sharding import _jax
 from sharding.rule import (
-    Dims,
     Factor,
     Kind,
     Local,
@@ -20,6 +20,7 @@ from sharding.rule import (
     Rule,
     names,
     register,
+    register_inline,
     sum_monoid,
 )  # fmt: skip
 
@@ -215,39 +216,14 @@ def _local_concatenate(ctx: Local, op: OpInfo, *operands: Any) -> Sequence[Any]:
     return [lax.slice_in_dim(out, size, 2 * size, axis=axis)]
 
 
-@register(_jax.split_p)
-def _split(op: OpInfo) -> Rule:
-    """The split dim keeps its axes in every part: shards fetch what is theirs of it. Parts of one
-    element are needed everywhere: then the dim is gathered."""
-    shape, axis = op.in_avals[0].shape, op.params["axis"] % len(op.in_avals[0].shape)
-    dims = names("d", len(shape))
-    factors = {d: Factor(n) for d, n in zip(dims, shape, strict=True)}
-    single = any(aval.shape[axis] == 1 for aval in op.out_avals)
-    results: list[Dims] = []
-    kind = Kind.FIXED if single else Kind.PERMUTE
-    factors[dims[axis]] = Factor(max(aval.shape[axis] for aval in op.out_avals), kind)
-    for i, aval in enumerate(op.out_avals):
-        part = dims[axis]
-        if single:
-            part = f"part{i}"
-            factors[part] = Factor(aval.shape[axis], Kind.FIXED)
-        results.append(tuple((part,) if d == axis else (name,) for d, name in enumerate(dims)))
-    return Rule(
-        (tuple((d,) for d in dims),), tuple(results), factors, linear=((0,),),
-        local=_local_split, local_when=frozenset({dims[axis]}),
-    )  # fmt: skip
+def _slices(x: Any, *, sizes: Sequence[int], axis: int) -> list[Any]:
+    """The parts that a split makes: a part of one element is reduced, others stay divided."""
+    ends = list(accumulate(sizes))
+    pairs = zip(sizes, ends, strict=True)
+    return [lax.slice_in_dim(x, end - size, end, axis=axis % x.ndim) for size, end in pairs]
 
 
-def _local_split(ctx: Local, op: OpInfo, x: Any) -> Sequence[Any]:
-    axis = op.params["axis"] % x.ndim
-    factor, n = f"d{axis}", op.in_avals[0].shape[axis]
-    parts, begin = [], 0
-    for r, aval in enumerate(op.out_avals):
-        size = ctx.local_out(r)[axis]
-        starts = [begin + i * size for i in range(ctx.shards(factor))]
-        parts.append(ctx.fetch(x, axis, ctx.axes(factor), n, starts, size))
-        begin += aval.shape[axis]
-    return parts
+register_inline(_jax.split_p, None, function=_slices)
 
 
 @register(_jax.stack_p)

@@ -26,7 +26,7 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[An
         operands = [read(v) for v in eqn.invars]
         inline = REGISTRY.inlined.get(eqn.primitive)
         if inline is not None:
-            body = inline.body(eqn.params)
+            body = inline.expand(eqn)
             taken = [operands[i] for i in inline.operands(eqn.params, len(operands))]
             results = _evaluate(body.jaxpr, body.consts, taken)
         else:

@@ -149,7 +149,7 @@ class _Clock:
                 self._hold_up(each.name, times)
         elif opcode.endswith("-done"):
             self._wait(each.operands[0], times)
-        elif opcode == "async-start":
+        elif opcode in ("async-start", "call-start"):  # the latter: on a SparseCore
             for inner in self._inner(each):
                 self._start(each.name, inner.name, times)
         elif opcode not in _FREE and not opcode.endswith(("-start", "-update")):
@@ -202,7 +202,7 @@ class _Clock:
         return begins, ends, plain
 
     def _inner(self, each: Instruction) -> Iterator[Instruction]:
-        for key in ("calls", "called_computations"):
+        for key in ("calls", "called_computations", "to_apply"):
             for called in self._called(each, key):
                 yield from called.instructions.values()
 

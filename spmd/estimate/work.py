@@ -142,7 +142,7 @@ def _region(
 def _steps(move: Move, mesh: MeshShape) -> tuple[Wire, ...]:
     """The collectives of a reshard; one that moves nothing needs none."""
     return tuple(
-        Wire(s.kind, s.axes, 1, s.bytes)
+        Wire(s.kind, s.axes, max(len(s.parts), 1), s.bytes)
         for s in move.plan.steps
         if s.kind not in LOCAL and axes_size(mesh, s.axes) > 1 and 0 not in move.value.shape
     )

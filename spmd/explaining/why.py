@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from sharding import _jax
 from sharding.errors import ArgumentError, Problem
 from sharding.explain import same_line
 from sharding.mesh import MeshShape
@@ -212,7 +211,7 @@ def _communicates(
     for computes in inspector.computes.values():
         compute = computes[0][0]
         op = compute.op
-        if op.control is None and op.rule.local and _jax.source_of(op.eqn) == record.source:
+        if op.control is None and op.rule.local and op.source == record.source:
             factors = compute.assignment.factors
             names = [n for n, axes in factors if set(axes) & set(record.axes)]
             if names:
@@ -241,7 +240,7 @@ def _emits(move: Move, kind: str, axes: tuple[str, ...] | None) -> bool:
 def _emitted_at(move: Move) -> str:
     """The source line that a move's collectives carry; '' for those of an argument."""
     op = move.reason or move.value.op
-    return _jax.source_of(op.eqn) if op is not None else ""
+    return op.source if op is not None else ""
 
 
 def _at_line(asked: str, source: str) -> bool:

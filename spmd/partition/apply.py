@@ -166,7 +166,27 @@ def _all_to_all(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape)
 def _reduce_scatter(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:
     size = _local(step.after, step.dim, shape, mesh)
     x = _pad_to(x, step.dim, size * axis_size(mesh, step.axes[0]))
-    return lax.psum_scatter(x, step.axes[0], scatter_dimension=step.dim, tiled=True)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):  # TPU compilers scatter no complex numbers
+        parts = _scattered(step, jnp.stack([lax.real(x), lax.imag(x)]), step.dim + 1)
+        return lax.complex(parts[0], parts[1])
+    return _scattered(step, x, step.dim)
+
+
+def _scattered(step: Step, x: Any, dim: int) -> Any:
+    for groups in _groups(step.parts):
+        x = lax.psum_scatter(
+            x, step.axes[0], scatter_dimension=dim, tiled=True, axis_index_groups=groups
+        )
+    return x
+
+
+def _groups(parts: tuple[int, ...]) -> list[list[list[int]] | None]:
+    """Per part the groups of devices along an axis, as `axis_index_groups`: those that differ in
+    this digit of their number alone."""
+    numbers = np.arange(prod(parts)).reshape(parts or (1,))
+    return [np.moveaxis(numbers, i, -1).reshape(-1, n).tolist() for i, n in enumerate(parts)] or [
+        None
+    ]
 
 
 def _all_reduce(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:

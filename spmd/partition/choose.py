@@ -36,6 +36,7 @@ class Tensor(NamedTuple):
       readers: operand: how many operations are expected to read it in a layout, where more than
         one; they share the cost of bringing it there. result: readers of its reduction likewise.
       used: result: whether anything reads it.
+      anywhere: operand: it is made from nothing, in any layout.
     """
 
     shape: tuple[int, ...]
@@ -43,6 +44,7 @@ class Tensor(NamedTuple):
     layouts: tuple[Layout, ...]
     readers: tuple[tuple[Layout, int], ...] = ()
     used: bool = True
+    anywhere: bool = False
 
     def share(self, need: Layout) -> float:
         """The part of a reshard's cost that one reader bears."""
@@ -379,7 +381,7 @@ def _cost(
 
 def cheapest(tensor: Tensor, need: Layout, mesh: MeshShape) -> float:
     """Cost of the cheapest reshard from any layout at hand."""
-    if need in tensor.layouts:
+    if need in tensor.layouts or tensor.anywhere:
         return 0.0
     return min(
         plan(layout, need, tensor.shape, tensor.itemsize, mesh).cost

@@ -94,4 +94,4 @@ _NOTHING = _Nothing()
 
 
 def _at(op: Any) -> Any:
-    return _NOTHING if op is None else _jax.at_source(op.eqn)
+    return _NOTHING if op is None else _jax.at_source(op.eqn, op.site)

@@ -147,7 +147,10 @@ class _Planner:
         """Of the operation that makes `value`, with every operand where it was propagated to."""
         op = value.op
         assert op is not None
-        operands = tuple(Tensor(v.shape, v.itemsize, (self.wanted(v),)) for v in op.inputs)
+        operands = tuple(
+            Tensor(v.shape, v.itemsize, (self.wanted(v),), anywhere=_from_nothing(v))
+            for v in op.inputs
+        )
         result = Tensor(value.shape, value.itemsize, (self.wanted(value),))
         return alternatives(op.rule, operands, result, self.mesh)
 
@@ -226,7 +229,10 @@ class _Scope:
 
     def tensor(self, value: Value) -> Tensor:
         readers = self.planner.readers(value) if self.planner.uses[value.id] > 1 else ()
-        return Tensor(value.shape, value.itemsize, tuple(self.layouts(value)), readers)
+        return Tensor(
+            value.shape, value.itemsize, tuple(self.layouts(value)), readers,
+            anywhere=_from_nothing(value),
+        )  # fmt: skip
 
     def result(self, value: Value, wanted: Layout) -> Tensor:
         sharing = ((wanted, _FREE),) if self.planner.summed(value) else ()
@@ -289,7 +295,7 @@ class _Scope:
         layouts = self.layouts(value)
         if need in layouts:
             return Key(value, need)
-        if value.op is not None and _made_from_nothing(value.op):
+        if value.op is not None and _from_nothing(value):
             # Cheaper than any collective: an iota or a filled array is made again where needed.
             assignment = forced(value.op.rule, need, self.mesh)
             made = makes(value.op.rule, assignment, self.mesh)[0]
@@ -341,6 +347,10 @@ def _made_from_nothing(op: Op) -> bool:
         and op.outputs[0].rank > 0
         and not any(f.kind is Kind.REDUCE for f in op.rule.factors.values())
     )
+
+
+def _from_nothing(value: Value) -> bool:
+    return value.op is not None and _made_from_nothing(value.op)
 
 
 def _agree(op: Op, operands: Sequence[Tensor], wanted: Layout) -> bool:

@@ -35,6 +35,8 @@ class Step(NamedTuple):
       monoid: of reductions.
       after: layout when done.
       bytes: wire bytes per device.
+      parts: sizes of the groups of devices in which it is done one after the other, far ones first;
+        () for all at once.
     """
 
     kind: str
@@ -44,6 +46,7 @@ class Step(NamedTuple):
     monoid: str
     after: Layout
     bytes: float
+    parts: tuple[int, ...] = ()
 
 
 class Plan(NamedTuple):

@@ -1,5 +1,6 @@
 """Cutting and joining along sharded dims: values by brute force, and what moves."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_concatenate(sizes: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("sizes", [(4, 4), (3, 6), (2, 9, 3), (8, 1)])
 def test_split(sizes: tuple[int, ...]) -> None:
-    check_rules(lambda t: lax.split(t, sizes, 1), arr(3, sum(sizes)), names="split")
+    check_rules(lambda t: lax.split(t, sizes, 1), arr(3, sum(sizes)), names="slice")
 
 
 def test_stack_unstack_tile() -> None:
@@ -113,6 +114,24 @@ def test_neighbours_exchange_what_crosses_the_border() -> None:
 def test_one_element_comes_from_its_owner() -> None:
     partitioned = check(lambda t: t[5], (X,), MESH, in_shardings=P("y"), out_shardings=P())
     assert kinds(partitioned) == {("all_reduce", ("y",)): (1, 2 * ROW * 3 / 4)}
+
+
+def test_what_a_library_function_moves_has_the_line_of_its_caller() -> None:
+    partitioned = check(lambda t: jnp.roll(t, 1, 0), (X,), MESH, in_shardings=P("y"))
+    assert partitioned.collectives
+    for record in partitioned.collectives:
+        assert record.source.startswith("e2e/test_rules_pieces.py:"), record
+        assert partitioned.why(record).collectives
+
+
+def test_a_shift_by_one_and_its_transpose_gather_nothing() -> None:
+    def f(t, u):
+        return jax.vjp(lambda t: jnp.roll(t, 1, 0), t)[1](u)
+
+    partitioned = check(f, (X, X), MESH, in_shardings=(P("y"), P("y")), out_shardings=(P("y"),))
+    # One row to the neighbour, and one around.
+    assert {k for k, _ in kinds(partitioned)} == {"permute", "all_reduce"}
+    assert partitioned.wire_bytes <= (1 + 2 * 3 / 4) * ROW
 
 
 @pytest.mark.parametrize("start", (-7, -1, 1, 3, 9))

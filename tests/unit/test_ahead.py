@@ -77,6 +77,19 @@ def test_a_started_collective_hides_behind_what_is_scheduled():
     assert hidden.seconds == pytest.approx(4 * MS)
 
 
+def test_a_collective_on_a_sparse_core_hides_too():
+    called = (
+        "\n%offloaded (p: f32[12500000]) -> f32[50000000] {\n"
+        "  %p = f32[12500000] parameter(0)\n"
+        f"  ROOT %ag = {BIG} all-gather(%p), {BY_ROW}, dimensions={{0}}\n}}\n"
+    )
+    start = f"%s = ((f32[12500000]), {BIG}) call-start(%shard), to_apply=%offloaded"
+    lines = (start, matmul("m"), f"%d = {BIG} call-done(%s)")
+    found = read_schedule(program(SHARD, *lines, before=NOTHING + called), LAYOUT)
+    assert found.transfers[0].asynchronous
+    assert found.exposed == pytest.approx(GATHER - 1 * MS)
+
+
 def test_started_collectives_follow_each_other_on_the_links():
     found = schedule(
         gather("a", start=True), gather("b", start=True),

@@ -33,6 +33,7 @@ LAYERS = (
     ("spmd.hardware",),
     ("spmd.cost",),
     ("spmd.collectives", "spmd.options"),
+    ("spmd.target",),
     ("spmd.arguments",),
     ("spmd.devices",),
     ("spmd.partition.*", "spmd.parallel.*"),

@@ -1,0 +1,27 @@
+"""The chip that a program is compiled for, and what its compiler needs to be told."""
+
+from typing import Any
+
+from jax.sharding import AbstractMesh
+
+from spmd.chips import CHIPS, Chip
+from spmd.options import Options
+
+
+def chip_of(mesh: Any) -> Chip | None:
+    """The chip of a mesh's devices; None for abstract meshes, and for chips that nobody described.
+
+    Args:
+      mesh: a `jax.sharding.Mesh`, whose devices may be described ones, or an `AbstractMesh`.
+    """
+    if isinstance(mesh, AbstractMesh) or not mesh.devices.size:
+        return None
+    kind = mesh.devices.flat[0].device_kind
+    return next((c for c in CHIPS.values() if kind.lower().startswith(c.kind.lower())), None)
+
+
+def compiler_options(options: Options) -> dict[str, Any]:
+    """What XLA is told: the options of the chip, and those that the user gave, which win."""
+    chip = chip_of(options.mesh)
+    ours = chip.options if chip is not None and options.on("async_collectives") else ()
+    return {**dict(ours), **dict(options.compiler_options)}
