@@ -5,9 +5,8 @@ alone would rather avoid its reduction; the three together need only one, of the
 """
 
 from collections.abc import Iterator
-from math import prod
 
-from sharding.program import Op, Program, Value
+from sharding.program import Op, Program, Value, value_bytes
 from sharding.rule import Kind
 
 
@@ -77,7 +76,7 @@ def reduces(op: Op) -> bool:
 def linear_groups(op: Op) -> Iterator[tuple[int, ...]]:
     """Operands whose sums may be taken after an operation instead of before it: it is linear in
     them, and its result is no larger."""
-    size = prod(op.outputs[0].shape)
+    size = value_bytes(op.outputs[0])
     for group in op.rule.linear:
-        if all(size <= prod(op.inputs[i].shape) for i in group):
+        if all(size <= value_bytes(op.inputs[i]) for i in group):
             yield group

@@ -33,7 +33,7 @@ def improved(planner: Any, scope: Any, op: Op, found: Planned) -> Planned:
     Args:
       planner, scope: as for `regions.plan_regions`.
     """
-    if op.control is None or not op.control.carries(op):
+    if op.control is None or not (op.control.counted or op.control.carries(op)):
         return found
     trips = op.control.trips(op)
     trips = trips if op.control.counted else UNKNOWN_TRIPS
@@ -139,7 +139,7 @@ def _partial_sum(planner: Any, carry: Value, result: Value) -> Layout | None:
         value = op.outputs[0]
         if layout is not None and _through(op, operand, layout, planner.mesh) != layout:
             return None
-    return layout if value.op is not None and planner.uses[result.id] == 1 else None
+    return layout
 
 
 def made_partial(planner: Any, value: Value) -> Layout | None:
