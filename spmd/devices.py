@@ -140,9 +140,3 @@ def device_text(devices: Any) -> str:
     ids = sorted(d.id for d in devices)
     shown = ", ".join(map(str, ids[:8])) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
     return f"device{'s' if len(ids) > 1 else ''} {shown}"
-
-
-def fuses_into_dots(mesh: Any) -> bool:
-    """Whether XLA computes elementwise operands of a contraction inside of it: on TPUs, which an
-    abstract mesh is taken for; on CPUs and GPUs contractions are library calls."""
-    return isinstance(mesh, AbstractMesh) or mesh.devices.flat[0].platform == "tpu"

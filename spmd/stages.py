@@ -23,7 +23,7 @@ from spmd import boundary, collectives
 from spmd.annotations import Annotated
 from spmd.arguments import Arguments, output_names
 from spmd.compiled import Lowered
-from spmd.devices import automatic, fuses_into_dots, under
+from spmd.devices import automatic, under
 from spmd.estimate import liveness
 from spmd.explaining.inspection import Inspection
 from spmd.options import Options, sharding_of
@@ -35,7 +35,7 @@ from spmd.partition.planner import make_plan
 from spmd.partition.scatters import split_scatters
 from spmd.partition.verify import ENABLED, verify
 from spmd.reporting.stage import Reporting
-from spmd.target import chip_of, compiler_options
+from spmd.target import chip_of, compiler_of, compiler_options
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ class Partitioned(Inspection):
     def peak_memory(self) -> int:
         """Predicted peak bytes per device."""
         return liveness.peak_bytes(
-            self.plan, self.propagated.traced.donated, fuses_into_dots(self.options.mesh)
+            self.plan, self.propagated.traced.donated, compiler_of(self.options.mesh)
         )
 
     @cached_property

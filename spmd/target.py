@@ -5,6 +5,7 @@ from typing import Any
 from jax.sharding import AbstractMesh
 
 from spmd.chips import CHIPS, Chip
+from spmd.estimate.fusion import ANY, Compiler
 from spmd.options import Options
 
 
@@ -18,6 +19,16 @@ def chip_of(mesh: Any) -> Chip | None:
         return None
     kind = mesh.devices.flat[0].device_kind
     return next((c for c in CHIPS.values() if kind.lower().startswith(c.kind.lower())), None)
+
+
+def compiler_of(mesh: Any) -> Compiler:
+    """What the compiler for a mesh's devices does with memory; abstract meshes are taken for some
+    TPU's."""
+    chip = chip_of(mesh)
+    if chip is None:
+        elsewhere = not isinstance(mesh, AbstractMesh) and mesh.devices.flat[0].platform != "tpu"
+        return Compiler(False, False) if elsewhere else ANY
+    return Compiler.of(chip)
 
 
 def compiler_options(options: Options) -> dict[str, Any]:

@@ -9,10 +9,36 @@ from typing import NamedTuple
 
 from sharding.rule import Kind
 from sharding.spec import Layout
+from spmd.chips import Chip
 from spmd.estimate.work import Line
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
 
 Name = tuple[int, Layout]
+
+
+class Compiler(NamedTuple):
+    """What a compiler makes of a program in memory.
+
+    Attributes:
+      into_dots: contractions and convolutions take elementwise operands in, as on TPUs; on CPUs
+        and GPUs they are library calls, which read memory.
+      hoists: what a loop runs over and converts to a narrower dtype is converted before it, whole.
+      beside: kinds of collectives that run beside computation: their results are not put in the
+        place of their operands.
+    """
+
+    into_dots: bool = True
+    hoists: bool = True
+    beside: frozenset[str] = frozenset()
+
+    @staticmethod
+    def of(chip: Chip) -> "Compiler":
+        """XLA's for a chip."""
+        tpu = chip.family == "tpu"
+        return Compiler(tpu, tpu, chip.overlaps if tpu else frozenset())
+
+
+ANY = Compiler()
 
 
 class Held(NamedTuple):
@@ -37,13 +63,8 @@ def name(key: Key) -> Name:
     return key.value.id, key.layout
 
 
-def held(plan: ProgramPlan, lines: tuple[Line, ...], into_dots: bool = True) -> Held:
-    """Decides for every value whether it is held.
-
-    Args:
-      into_dots: contractions and convolutions take elementwise operands in, as on TPUs; on CPUs
-        and GPUs they are library calls, which read memory.
-    """
+def held(plan: ProgramPlan, lines: tuple[Line, ...], compiler: Compiler = ANY) -> Held:
+    """Decides for every value whether it is held."""
     readers = _readers(lines)
     leaving = set(_leaving(plan.body))
     roots: dict[Name, tuple[Key, ...]] = {}
@@ -68,7 +89,7 @@ def held(plan: ProgramPlan, lines: tuple[Line, ...], into_dots: bool = True) -> 
                 inside
                 and len(sources) <= _MOST_ROOTS
                 and fusible(line)
-                and _absorbed(line, readers.get(name(key), ()), into_dots)
+                and _absorbed(line, readers.get(name(key), ()), compiler.into_dots)
             ):
                 roots[name(key)] = sources
             else:

@@ -4,12 +4,13 @@ Buffers are reused as compilers reuse them: an elementwise result takes the plac
 ends there, a loop's result that of its initial value, a donated argument that of its successor.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from sharding.program import Value
 from sharding.spec import Layout
-from spmd.estimate.fusion import Held, Name, fusible, held, name
+from spmd.estimate.fusion import ANY, Compiler, Held, Name, fusible, held, name
 from spmd.estimate.schedule import scheduled
 from spmd.estimate.work import Line, lines
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan
@@ -58,15 +59,16 @@ class Profile:
 
 
 def profile(
-    plan: ProgramPlan, lines: tuple[Line, ...], donated: Sequence[bool], kept: Held
-) -> Profile:
+    plan: ProgramPlan, lines: tuple[Line, ...], donated: Sequence[bool], kept: Held,
+    compiler: Compiler = ANY,
+) -> Profile:  # fmt: skip
     """Memory over the lines of a plan.
 
     Args:
       donated: per input of the program, whether its buffer may be reused.
-      kept: `held(plan, lines)`.
+      kept: `held(plan, lines, compiler)`.
     """
-    buffers = _Allocation(plan, lines, kept, donated).run()
+    buffers = _Allocation(plan, lines, kept, donated, compiler).run()
     changes = [0] * (len(lines) + 2)
     for buffer in buffers:
         changes[buffer.start] += buffer.bytes
@@ -87,9 +89,12 @@ class _Allocation:
     """Walks the lines once forward; buffers end where their last reader is."""
 
     def __init__(
-        self, plan: ProgramPlan, lines: tuple[Line, ...], kept: Held, donated: Sequence[bool]
-    ):
+        self, plan: ProgramPlan, lines: tuple[Line, ...], kept: Held, donated: Sequence[bool],
+        compiler: Compiler,
+    ):  # fmt: skip
         self.plan, self.lines, self.kept, self.donated = plan, lines, kept, donated
+        self.in_place = _IN_PLACE - compiler.beside
+        self.hoisted = _hoisted(lines) if compiler.hoists else {}
         self.after = _after(lines)
         self.ends = self._ends()
         self.buffers: dict[Name, Buffer] = {}
@@ -158,7 +163,7 @@ class _Allocation:
         that work in place."""
         found = line.instruction
         if isinstance(found, Move):
-            in_place = all(step.kind in _IN_PLACE for step in found.plan.steps)
+            in_place = all(step.kind in self.in_place for step in found.plan.steps)
         else:
             in_place = fusible(line) or bool(found.regions) or not found.op.rule.flops
         if not in_place:
@@ -173,6 +178,8 @@ class _Allocation:
     def enter(self, line: Line) -> None:
         """What a region sees of the outside is outside already."""
         found = line.instruction
+        for key, size in self.hoisted.get(line.index, ()):
+            self.done.append(Buffer(key, size, line.index, self.after[line.index]))
         for region in found.regions if isinstance(found, Compute) else ():
             for value, layout in zip(region.region.inputs, region.inputs, strict=True):
                 key = Key(value, layout)
@@ -180,6 +187,53 @@ class _Allocation:
                     key, 0, line.index, self.ends.get(name(key), line.index + 1)
                 )
                 self.aliases.add(name(key))
+
+
+def _hoisted(lines: tuple[Line, ...]) -> Mapping[int, list[tuple[Key, int]]]:
+    """Per loop, operands that it runs over and that all its steps read in a narrower dtype alone,
+    with the bytes of a converted copy of the whole."""
+    readers: dict[tuple[int, int], list[Line]] = {}
+    for line in lines:
+        for key in line.reads:
+            readers.setdefault((line.parent, key.value.id), []).append(line)
+    found: dict[int, list[tuple[Key, int]]] = {}
+    for line in lines:
+        for outer, inner, stacked in _inner_values(line):
+            width = _narrower(inner, line, readers) if stacked else 0
+            if width:
+                size = outer.local_bytes(line.mesh) * width // outer.value.itemsize
+                found.setdefault(line.index, []).append((outer, size))
+    return found
+
+
+def _inner_values(line: Line) -> Iterator[tuple[Key, Value, bool]]:
+    """The operands of a line with regions, what they are called inside, and whether it runs over
+    them."""
+    op = line.instruction.op if isinstance(line.instruction, Compute) else None
+    if op is not None and op.control is not None:
+        for port in op.in_ports:
+            inner = op.regions[port.region].inputs[port.inner]
+            yield line.reads[port.outer], inner, port.stacked
+
+
+def _narrower(value: Value, inside: Line, readers: Mapping[tuple[int, int], list[Line]]) -> int:
+    """The bytes per element to which all readers in a region convert a value; 0 where one does
+    not."""
+    width = 0
+    for line in readers.get((inside.index, value.id), ()):
+        inner = [v for key, v, _ in _inner_values(line) if key.value is value]
+        if inner:
+            found = min(_narrower(v, line, readers) for v in inner)
+        elif isinstance(line.instruction, Move) or len(line.reads) != 1 or not fusible(line):
+            found = 0
+        else:
+            made = line.writes[0].value
+            alike = made.shape == value.shape and made.itemsize < value.itemsize
+            found = made.itemsize if alike else 0
+        if not found:
+            return 0
+        width = max(width, found)
+    return width
 
 
 def _after(lines: tuple[Line, ...]) -> list[int]:
@@ -199,25 +253,26 @@ class Ordered(NamedTuple):
     memory: Profile
 
 
-def ordered(plan: ProgramPlan, donated: Sequence[bool] = (), into_dots: bool = True) -> Ordered:
+def ordered(
+    plan: ProgramPlan, donated: Sequence[bool] = (), compiler: Compiler = ANY
+) -> Ordered:
     """A plan in the order of the program, or in the one that `schedule` finds, where that holds
     less: compilers choose so too.
 
     Args:
       donated: as for `profile`.
-      into_dots: as for `held`.
     """
     found = lines(plan)
-    kept = held(plan, found, into_dots)
-    program = Ordered(found, kept, profile(plan, found, donated, kept))
+    kept = held(plan, found, compiler)
+    program = Ordered(found, kept, profile(plan, found, donated, kept, compiler))
     found = scheduled(plan, found, kept)
-    kept = held(plan, found, into_dots)
-    other = Ordered(found, kept, profile(plan, found, donated, kept))
+    kept = held(plan, found, compiler)
+    other = Ordered(found, kept, profile(plan, found, donated, kept, compiler))
     return min(program, other, key=lambda order: order.memory.peak)
 
 
 def peak_bytes(
-    plan: ProgramPlan, donated: Sequence[bool] = (), into_dots: bool = True
+    plan: ProgramPlan, donated: Sequence[bool] = (), compiler: Compiler = ANY
 ) -> int:
     """Predicted peak bytes per device, arguments and results included, see `ordered`."""
-    return ordered(plan, donated, into_dots).memory.peak
+    return ordered(plan, donated, compiler).memory.peak

@@ -11,6 +11,7 @@ from sharding.mesh import MeshShape
 from sharding.op import type_text
 from sharding.program import describe
 from spmd.estimate import liveness
+from spmd.estimate.fusion import ANY, Compiler
 from spmd.estimate.timeline import Span, Timeline, timeline
 from spmd.estimate.work import Line
 from spmd.hardware import Machine
@@ -32,14 +33,14 @@ _SMALL, _MOST = 1 / 1000, 4000
 
 def build(
     plan: ProgramPlan, *, name: str = "", machine: Machine | None = None,
-    into_dots: bool = True, donated: Sequence[bool] = (), diagnostics: Sequence[Diagnostic] = (),
+    compiler: Compiler = ANY, donated: Sequence[bool] = (), diagnostics: Sequence[Diagnostic] = (),
 ) -> Report:  # fmt: skip
     """The report of a plan.
 
     Args:
       name: of the function.
       machine: on which times are predicted; None: no times.
-      into_dots: where no machine is given, whether contractions take elementwise operands in.
+      compiler: where no machine is given, what it is compiled by.
       donated: per input of the program, whether its buffer may be reused.
       diagnostics: of the partitioned stage.
 
@@ -47,8 +48,8 @@ def build(
       MeshError: the mesh does not fit the machine.
     """
     if machine is not None:
-        into_dots = machine.chip.family == "tpu"
-    found, kept, profile = liveness.ordered(plan, donated, into_dots)
+        compiler = Compiler.of(machine.chip)
+    found, kept, profile = liveness.ordered(plan, donated, compiler)
     times = timeline(plan, found, kept, machine) if machine is not None else None
     spans = times.spans if times is not None else (Span(),) * len(found)
     flops = _flops(found)

@@ -3,12 +3,12 @@
 from typing import Any
 
 from sharding.errors import ArgumentError, Problem
-from spmd.devices import fuses_into_dots
 from spmd.hardware import Machine
 from spmd.reporting import notebook
 from spmd.reporting.build import build
 from spmd.reporting.diff import ReportDiff
 from spmd.reporting.model import Report
+from spmd.target import compiler_of
 
 
 class Reporting:
@@ -88,7 +88,7 @@ def _of_stage(stage: Any, machine: Machine | str | None) -> Report:
     return build(
         partitioned.plan, name=traced.fun_name,
         machine=Machine.parse(machine) if isinstance(machine, str) else machine,
-        into_dots=fuses_into_dots(traced.options.mesh), donated=traced.donated,
+        compiler=compiler_of(traced.options.mesh), donated=traced.donated,
         diagnostics=partitioned.diagnostics,
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ import spmd
 from sharding import P, shard
 from spmd import collectives
 from spmd.estimate import liveness
-from spmd.estimate.fusion import held
+from spmd.estimate.fusion import Compiler, held
 from spmd.estimate.timeline import Timeline, timeline
 from spmd.estimate.work import lines, totals
 from spmd.hardware import Machine
@@ -194,7 +194,32 @@ def test_stacked_results_of_a_loop_are_there_from_its_start() -> None:
 def test_contractions_take_elementwise_operands_in_on_tpus_alone() -> None:
     stage = partition(lambda x, w: jnp.exp(x) @ w, shape(512, 512), shape(512, 512), mesh={"x": 1})
     assert liveness.peak_bytes(stage.plan) == 3 * MIB
-    assert liveness.peak_bytes(stage.plan, into_dots=False) == 4 * MIB
+    assert liveness.peak_bytes(stage.plan, compiler=Compiler(into_dots=False)) == 4 * MIB
+
+
+def test_weights_of_a_loop_are_converted_before_it() -> None:
+    def f(x, ws):
+        layer = jax.checkpoint(lambda x, w: (x @ w.astype(jnp.bfloat16), None))
+        return lax.scan(layer, x, ws)[0]
+
+    args = shape(512, 512, dtype=jnp.bfloat16), shape(8, 512, 512)
+    stage = partition(f, *args, mesh={"x": 1})
+    # x, 8 MiB of weights, and 4 MiB of them in bfloat16; the carry, and its new value
+    assert peak(stage) == 8 + 4 + 3 * 0.5
+    assert liveness.peak_bytes(stage.plan, compiler=Compiler(hoists=False)) / MIB < 8 + 2.1
+
+    def used(x, ws):
+        return lax.scan(lambda x, w: (x @ w.astype(jnp.bfloat16), w.sum()), x, ws)
+
+    assert peak(partition(used, *args, mesh={"x": 1})) < 8 + 2.1
+
+
+def test_a_reduction_beside_computation_has_a_place_of_its_own() -> None:
+    args = shape(512, 512), shape(512, 512)
+    stage = partition(jnp.dot, *args, mesh={"x": 4}, specs=(P(None, "x"), P("x")))
+    beside = Compiler(beside=frozenset(("all_reduce",)))
+    assert peak(stage) == 2 / 4 + 1
+    assert liveness.peak_bytes(stage.plan, compiler=beside) / MIB == 2 / 4 + 2
 
 
 def test_what_can_be_used_up_first_is_not_held() -> None:
