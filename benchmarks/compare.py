@@ -33,6 +33,7 @@ from rich.table import Table
 
 import sharding
 import spmd
+from benchmarks.suite.measure import peak_bytes
 from models.shardings import PARALLELISMS, Rules, default_mesh, rules_for
 from models.transformer import TransformerConfig
 from spmd.reporting.hlo import collectives_in_hlo, summarize
@@ -69,7 +70,7 @@ class Result:
     wire_bytes: dict[str, float] = dataclasses.field(default_factory=dict)  # by kind
     executions: dict[str, int] = dataclasses.field(default_factory=dict)  # by kind
     temporary_bytes: int | None = None
-    peak_bytes: int | None = None
+    peak_bytes: float | None = None
     step_time_s: float | None = None
     first_loss: float | None = None
     phases_s: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -156,7 +157,7 @@ def _compile(result: Result, problem: Problem) -> Callable:
     result.executions = {kind: total.count for kind, total in totals.items()}
     memory = compiled.memory_analysis()
     result.temporary_bytes = getattr(memory, "temp_size_in_bytes", None)
-    result.peak_bytes = getattr(memory, "peak_memory_in_bytes", None)
+    result.peak_bytes = peak_bytes(memory, described=False)
     return compiled
 
 
