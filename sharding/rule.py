@@ -173,6 +173,7 @@ class Rule:
       early: pointwise, reshape, transpose and data-flow edges, which propagate first.
       expands: the result is a larger copy of the operand: operands hear of results early, results
         of operands last.
+      once: pointwise, but too dear to be computed again for each reader.
       annotation: the user's spec on the result, not yet resolved against axis rules and mesh.
       flops: floating-point operations per element of the iteration space.
     """
@@ -193,6 +194,7 @@ class Rule:
     masked: bool = True
     early: bool = False
     expands: bool = False
+    once: bool = False
     annotation: Any = None
     flops: int = 1
     # Filled in below; part of the declaration only by consequence.
@@ -324,10 +326,10 @@ def sum_monoid(dtype: Any) -> str:
 def pointwise_rule(
     in_shapes: Sequence[tuple[int, ...]],
     out_shapes: Sequence[tuple[int, ...]],
-    linear: tuple[tuple[int, ...], ...] = (),
-) -> Rule:
+    linear: tuple[tuple[int, ...], ...] = (), once: bool = False,
+) -> Rule:  # fmt: skip
     """One factor per dim of the results; size-1 and scalar operands broadcast without a factor."""
-    return _pointwise_rule(tuple(in_shapes), tuple(out_shapes), linear)
+    return _pointwise_rule(tuple(in_shapes), tuple(out_shapes), linear, once)
 
 
 @lru_cache(maxsize=8192)
@@ -342,8 +344,8 @@ def identity_rule(shape: tuple[int, ...], annotation: Any = None) -> Rule:
 def _pointwise_rule(
     in_shapes: tuple[tuple[int, ...], ...],
     out_shapes: tuple[tuple[int, ...], ...],
-    linear: tuple[tuple[int, ...], ...],
-) -> Rule:
+    linear: tuple[tuple[int, ...], ...], once: bool,
+) -> Rule:  # fmt: skip
     shape = max(out_shapes, key=len) if out_shapes else max(in_shapes, key=len)
     dims = names("d", len(shape))
 
@@ -355,10 +357,8 @@ def _pointwise_rule(
         )
 
     factors = {d: Factor(n) for d, n in zip(dims, shape, strict=True) if n != 1}
-    return Rule(
-        tuple(map(of, in_shapes)), tuple(map(of, out_shapes)), factors,
-        linear=linear, early=True,
-    )  # fmt: skip
+    return Rule(tuple(map(of, in_shapes)), tuple(map(of, out_shapes)), factors, linear=linear,
+                early=True, once=once)  # fmt: skip
 
 
 @lru_cache(maxsize=8192)

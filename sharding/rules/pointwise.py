@@ -27,12 +27,17 @@ LINEAR_NARY = (p.add_p, p.add_jaxvals_p, p.sub_p)
 
 # Flops per element are a convention: transcendental functions count as one.
 UNARY = (
-    p.abs_p, p.acos_p, p.acosh_p, p.asin_p, p.asinh_p, p.atan_p, p.atanh_p, p.bessel_i0e_p,
-    p.bessel_i1e_p, p.cbrt_p, p.ceil_p, p.clz_p, p.cos_p, p.cosh_p, p.digamma_p, p.erf_p,
-    p.erf_inv_p, p.erfc_p, p.exp_p, p.exp2_p, p.expm1_p, p.floor_p, p.integer_pow_p,
-    p.is_finite_p, p.lgamma_p, p.log_p, p.log1p_p, p.logistic_p, p.not_p, p.population_count_p,
-    p.reduce_precision_p, p.round_p, p.rsqrt_p, p.sign_p, p.sin_p, p.sinh_p, p.sqrt_p,
-    p.square_p, p.tan_p, p.tanh_p, *_jax.available("log2_p", "one_minus_square_p"),
+    p.abs_p, p.ceil_p, p.clz_p, p.floor_p, p.integer_pow_p, p.is_finite_p, p.not_p,
+    p.population_count_p, p.reduce_precision_p, p.round_p, p.sign_p, p.square_p,
+    *_jax.available("one_minus_square_p"),
+)  # fmt: skip
+
+# Compilers compute them once, however many read the result.
+TRANSCENDENTAL = (
+    p.acos_p, p.acosh_p, p.asin_p, p.asinh_p, p.atan_p, p.atanh_p, p.bessel_i0e_p,
+    p.bessel_i1e_p, p.cbrt_p, p.cos_p, p.cosh_p, p.digamma_p, p.erf_p, p.erf_inv_p, p.erfc_p,
+    p.exp_p, p.exp2_p, p.expm1_p, p.lgamma_p, p.log_p, p.log1p_p, p.logistic_p, p.rsqrt_p,
+    p.sin_p, p.sinh_p, p.sqrt_p, p.tan_p, p.tanh_p, *_jax.available("log2_p"),
 )  # fmt: skip
 
 NARY = (
@@ -48,14 +53,15 @@ def _shapes(op: OpInfo) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     return [a.shape for a in op.in_avals], [a.shape for a in op.out_avals]
 
 
-def _pointwise(*linear: tuple[int, ...]) -> RuleFn:
+def _pointwise(*linear: tuple[int, ...], once: bool = False) -> RuleFn:
     def rule(op: OpInfo) -> Rule:
-        return pointwise_rule(*_shapes(op), linear=linear)
+        return pointwise_rule(*_shapes(op), linear=linear, once=once)
 
     return rule
 
 
 register(*UNARY, *NARY)(_pointwise())
+register(*TRANSCENDENTAL)(_pointwise(once=True))
 register(*LINEAR_UNARY)(_pointwise((0,)))
 register(*LINEAR_NARY)(_pointwise((0, 1)))
 

@@ -142,7 +142,12 @@ def _leaving(region: RegionPlan) -> Iterator[Name]:
 
 
 def _absorbed(line: Line, readers: Sequence[Line], into_dots: bool) -> bool:
-    """Whether every reader takes the value in: elementwise operations, reductions, contractions."""
+    """Whether every reader takes the value in: elementwise operations, reductions, contractions;
+    of what is dear to compute, no sum and others besides: the sum's pass writes it."""
+    found = line.instruction
+    dear = isinstance(found, Compute) and found.op.rule.once and len(readers) > 1
+    if dear and any(_reduces(reader) for reader in readers):
+        return False
     return all(
         _takes_in(reader, into_dots) and reader.parent == line.parent for reader in readers
     )
@@ -154,5 +159,11 @@ def _takes_in(reader: Line, into_dots: bool) -> bool:
     found = reader.instruction
     if isinstance(found, Move) or found.regions or reader.wires or found.op.rule.local is not None:
         return False
-    reduces = any(f.kind is Kind.REDUCE for f in found.op.rule.factors.values())
-    return reduces and (into_dots or not reader.contracts)
+    return _reduces(reader) and (into_dots or not reader.contracts)
+
+
+def _reduces(line: Line) -> bool:
+    found = line.instruction
+    if isinstance(found, Move) or found.regions:
+        return False
+    return any(f.kind is Kind.REDUCE for f in found.op.rule.factors.values())
