@@ -113,3 +113,36 @@ def test_an_axis_used_twice_is_found() -> None:
     planted = replace(exp, results=(Key(exp.results[0].value, twice),))
     with pytest.raises(VerificationError, match="uses axes"):
         verify(broken(plan, at, planted))
+
+
+def summed_plan() -> ProgramPlan:
+    """A loop that carries a partial sum."""
+    def f(w, xs):
+        step = lambda total, x: (total + jnp.tanh(x @ w).T @ x, None)  # noqa: E731
+        return jax.lax.scan(step, jnp.zeros((4, 16)), xs)[0]
+
+    shapes = (16, 4), (6, 64, 16)
+    structs = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+    traced = spmd.jit(f, mesh=MESH, in_shardings=(P(), P(None, "tensor"))).trace(*structs)
+    return traced.propagate().partition().plan
+
+
+def test_a_sum_that_a_loop_carries_is_sound() -> None:
+    plan = summed_plan()
+    _, scan = find(plan, Compute, "scan")
+    assert scan.results[0].layout.partial == (("tensor", "add"),)
+    verify(plan)
+
+
+def test_a_sum_that_a_loop_does_not_keep_is_found() -> None:
+    plan = summed_plan()
+    at, scan = find(plan, Compute, "scan")
+    (body,) = scan.regions
+    whole = Layout(((), ()))
+    ends = replace(body, outputs=(Key(body.outputs[0].value, whole),))
+    with pytest.raises(VerificationError, match="enters a region"):
+        verify(broken(plan, at, replace(scan, regions=(ends,))))
+    starts = replace(body, inputs=tuple(whole if x.partial else x for x in body.inputs))
+    results = (Key(scan.results[0].value, whole),)
+    with pytest.raises(VerificationError, match="leaves a region"):
+        verify(broken(plan, at, replace(scan, regions=(starts,), results=results)))
