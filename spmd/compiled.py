@@ -12,6 +12,7 @@ from sharding.errors import ArgumentError, ArgumentTypeError, MeshError, Problem
 from spmd import collectives
 from spmd.arguments import check_buffers, suspicious
 from spmd.explaining.inspection import Inspection
+from spmd.target import explained
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Lowered(Inspection):
                     "topology)",
                 )
             )
-        flat = self.lowered.compile(compiler_options, device_assignment=device_assignment)
+        with explained(options):
+            flat = self.lowered.compile(compiler_options, device_assignment=device_assignment)
         captured = self.partitioned.propagated.traced.captured
         return Compiled(
             self.partitioned, _jit.restructured(flat, captured, self.args_info, self.out_tree)

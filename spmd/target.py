@@ -1,9 +1,12 @@
 """The chip that a program is compiled for, and what its compiler needs to be told."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from jax.sharding import AbstractMesh
 
+from sharding.errors import ArgumentError, Problem
 from spmd.chips import CHIPS, Chip
 from spmd.estimate.fusion import ANY, Compiler
 from spmd.options import Options
@@ -33,6 +36,28 @@ def compiler_of(mesh: Any) -> Compiler:
 
 def compiler_options(options: Options) -> dict[str, Any]:
     """What XLA is told: the options of the chip, and those that the user gave, which win."""
+    return {**_of_chip(options), **dict(options.compiler_options)}
+
+
+def _of_chip(options: Options) -> dict[str, str]:
     chip = chip_of(options.mesh)
-    ours = chip.options if chip is not None and options.on("async_collectives") else ()
-    return {**dict(ours), **dict(options.compiler_options)}
+    return dict(chip.options) if chip is not None and options.on("async_collectives") else {}
+
+
+@contextmanager
+def explained(options: Options) -> Iterator[None]:
+    """Errors of a compiler that does not know what it is told say how to go on.
+
+    Raises:
+      ArgumentError: it does not.
+    """
+    try:
+        yield
+    except Exception as error:
+        name = next((name for name in _of_chip(options) if name in str(error)), None)
+        if name is None or name in dict(options.compiler_options):
+            raise
+        why = f"this compiler does not take the option {name}: {str(error).splitlines()[0]}"
+        fix = 'spmd.jit(..., disable_passes=["async_collectives"]) compiles without it'
+        what = "collectives beside computation, which TPUs with SparseCores are asked for"
+        raise ArgumentError(Problem(what, why, fix)) from error

@@ -1,0 +1,59 @@
+"""What the compiler of a chip is told, and what users hear when it does not understand."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import spmd
+from sharding import ArgumentError, P
+from spmd.chips import CHIPS
+from spmd.options import Options
+from spmd.target import chip_of, compiler_options
+from tests.oracle import make_mesh
+
+UNKNOWN = "xla_no_such_option"
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated devices are told something that no compiler knows."""
+    chip = dataclasses.replace(CHIPS["cpu"], options=((UNKNOWN, "true"),))
+    monkeypatch.setitem(CHIPS, "cpu", chip)
+
+
+def test_devices_are_of_a_chip() -> None:
+    found = chip_of(make_mesh(x=2))
+    assert found is not None and found.name == "cpu"
+    assert chip_of(make_mesh(x=2).abstract_mesh) is None
+
+
+def test_options_of_the_user_win(told: None) -> None:
+    mesh = make_mesh(x=2)
+    assert compiler_options(Options(mesh)) == {UNKNOWN: "true"}
+    given = Options(mesh, compiler_options=((UNKNOWN, "false"), ("xla_other", 1)))
+    assert compiler_options(given) == {UNKNOWN: "false", "xla_other": 1}
+    assert compiler_options(Options(mesh, disable_passes=("async_collectives",))) == {}
+
+
+def test_a_compiler_that_does_not_understand_is_explained(told: None) -> None:
+    x = np.arange(8, dtype=np.float32)
+    options = {"mesh": make_mesh(x=2), "in_shardings": P("x")}
+    with pytest.raises(ArgumentError) as error:
+        spmd.jit(jnp.tanh, **options)(x)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "collectives beside computation, which TPUs with SparseCores are asked for"
+    assert lines[1].startswith(f"  why: this compiler does not take the option {UNKNOWN}: ")
+    assert lines[2] == (
+        '  fix: spmd.jit(..., disable_passes=["async_collectives"]) compiles without it'
+    )
+    without = spmd.jit(jnp.tanh, disable_passes=["async_collectives"], **options)
+    np.testing.assert_allclose(without(x), np.tanh(x), rtol=1e-6)
+
+
+def test_what_the_user_says_wrong_stays_the_error_of_jax(told: None) -> None:
+    options = {"mesh": make_mesh(x=2), "compiler_options": {UNKNOWN: "true"}}
+    with pytest.raises(Exception, match=UNKNOWN) as error:
+        spmd.jit(jnp.tanh, **options)(np.ones(8, np.float32))
+    assert not isinstance(error.value, ArgumentError)
