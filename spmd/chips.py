@@ -9,7 +9,8 @@ Sources, by the names used below:
           memory bandwidth, ICI links, wrap-around, DCN per host, about 1 us per hop
   cacm    Jouppi et al., "A domain-specific supercomputer for training deep neural networks",
           CACM 63(7), 2020, table 3: TPU v2 and v3 links of 496 and 656 Gbit/s each way
-  nvidia  the data sheets of A100, H100 and H200 (SXM, dense): peak, memory, NVLink
+  nvidia  the data sheets of A100, H100, H200 (SXM), B200 (HGX) and L4, dense: peak, memory,
+          NVLink; PCIe for the L4, which has none
   dgx     the DGX A100 and H100 reference architectures: one InfiniBand port for each GPU
 """
 
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 
 from sharding.errors import ArgumentError, Problem
 
-__all__ = ["ALIASES", "CHIPS", "Chip"]
+__all__ = ["ALIASES", "CHIPS", "Chip", "of_kind"]
 
 GiB = 2**30
 
@@ -139,15 +140,28 @@ _CHIPS = (
     _tpu("v5e", "TPU v5 lite", 2, 197e12, 394e12, 16, 15.75, 8.1e11, 5e10, 1.5e9, "full", 16, 8),
     _tpu("v5p", "TPU v5", 3, 459e12, 918e12, 96, 95.74, 2.8e12, 1e11, 1.75e9, "cubes", 0, 4),
     _tpu("v6e", "TPU v6 lite", 2, 918e12, 1836e12, 32, 31.25, 1.6e12, 1e11, 1.75e9, "full", 16, 8),
+    _gpu("l4", 121e12, 60e12, 24e9, 3e11, 32e9, 12.5e9),
     _gpu("a100", 312e12, 156e12, 80e9, 2.04e12, 300e9, 25e9),
     _gpu("h100", 989e12, 494e12, 80e9, 3.35e12, 450e9, 50e9),
     _gpu("h200", 989e12, 494e12, 141e9, 4.8e12, 450e9, 50e9),
+    _gpu("b200", 2250e12, 1125e12, 180e9, 7.7e12, 900e9, 50e9),
     # Simulated devices. Nominal: times in these units order plans, and predict nothing.
     Chip("cpu", "cpu", "cpu", 0, 1, (("float32", 1e11), ("bfloat16", 1e11), ("int8", 1e11)),
          4e9, 4e9, 2e10, 1e10, 1e9),
 )  # fmt: skip
 
 CHIPS: dict[str, Chip] = {chip.name: chip for chip in _CHIPS}
+
+
+def of_kind(device_kind: str) -> Chip | None:
+    """The chip of a JAX device, by its `device_kind`; None for chips that nobody described."""
+    return next((c for c in CHIPS.values() if _short(device_kind).startswith(_short(c.kind))), None)
+
+
+def _short(kind: str) -> str:
+    # "TPU v5 lite" and "TPU v5e" are one chip, "TPU v5" and "TPU v5p" another
+    return kind.lower().replace(" lite", "e")
+
 
 # Names that people use for the same chip, for suggestions.
 ALIASES = {

@@ -7,7 +7,8 @@ from typing import Any
 from jax.sharding import AbstractMesh
 
 from sharding.errors import ArgumentError, Problem
-from spmd.chips import CHIPS, Chip
+from spmd import chips
+from spmd.chips import Chip
 from spmd.estimate.fusion import ANY, Compiler
 from spmd.options import Options
 
@@ -20,8 +21,7 @@ def chip_of(mesh: Any) -> Chip | None:
     """
     if isinstance(mesh, AbstractMesh) or not mesh.devices.size:
         return None
-    kind = mesh.devices.flat[0].device_kind
-    return next((c for c in CHIPS.values() if kind.lower().startswith(c.kind.lower())), None)
+    return chips.of_kind(mesh.devices.flat[0].device_kind)
 
 
 def compiler_of(mesh: Any) -> Compiler:

@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 from models.transformer import TransformerConfig
+from spmd import chips
 
 __all__ = ["flops_per_token", "peak_flops"]
 
-# Dense bfloat16 FLOP/s of one JAX device, by what its `device_kind` contains; first match wins.
-# A TPU v2, v3 or 7x chip is two devices.
-_PEAK_BF16 = (
-    ("B200", 2250e12),
-    ("H200", 989e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-    ("L4", 121e12),
-    ("TPU v2", 22.5e12),
-    ("TPU v3", 61.5e12),
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),
-    ("TPU v6", 918e12),
-    ("TPU7x", 1153e12),
-)
-
-
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Peak FLOP/s of one device for matmuls in `dtype`; None where it is not known."""
-    if dtype != "bfloat16":
+    """Peak FLOP/s of one device for matmuls in `dtype`; None where it is not known, or nominal."""
+    chip = chips.of_kind(device_kind)
+    # how float32 is multiplied depends on the precision that each matmul asks for
+    if chip is None or chip.family == "cpu" or dtype != "bfloat16":
         return None
-    return next((peak for name, peak in _PEAK_BF16 if name in device_kind), None)
+    return chip.peak(dtype)
 
 
 def flops_per_token(config: TransformerConfig, sequence: int) -> float:

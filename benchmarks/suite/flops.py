@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from spmd.reporting.hlo_loops import trip_count
-from spmd.reporting.hlo_text import Computation, Instruction, Module
+from spmd.reporting.hlo_text import BRANCHES, CALLED, Computation, Instruction, Module
 
 _DIMS = re.compile(r"[a-z]\w*\[([^\]]*)\]")
 _WINDOW = re.compile(r"\bwindow=\{([^}]*)\}")
@@ -28,8 +28,6 @@ _LABELS = re.compile(r"\bdim_labels=([\w?]+)_([\w?]+)->([\w?]+)")
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _GEMM = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 _CALLS = ("fusion", "call", "call-start", "async-start", "custom-call")
-_CALLED = ("calls", "to_apply", "called_computations")
-_BRANCHES = ("branch_computations", "true_computation", "false_computation")
 
 
 class Flops(NamedTuple):
@@ -80,12 +78,12 @@ class _Counter:
             times = 1 if trips is None else trips
             return Flops(times * body.count, body.exact and trips is not None)
         if each.opcode == "conditional":
-            names = [name for key in _BRANCHES for name in each.attribute_list(key)]
+            names = [name for key in BRANCHES for name in each.attribute_list(key)]
             branches = [self.of(self._module.computations[name]) for name in names]
             return max(branches, default=_NONE)
         if each.opcode in _CALLS:
             own = _library(computation, each) if each.opcode == "custom-call" else 0.0
-            return self._called(each, _CALLED).plus(Flops(own, True))
+            return self._called(each, CALLED).plus(Flops(own, True))
         return _NONE
 
     def _called(self, each: Instruction, keys: tuple[str, ...]) -> Flops:

@@ -21,7 +21,15 @@ from spmd.ahead.source import Sources, op_name
 from spmd.hardware import MachineLayout
 from spmd.reporting.hlo import KINDS, PERMUTE, HloCollective, collectives_in_hlo
 from spmd.reporting.hlo_loops import trip_count
-from spmd.reporting.hlo_text import Computation, Instruction, Module, bytes_of, parse_module
+from spmd.reporting.hlo_text import (
+    BRANCHES,
+    CALLED,
+    Computation,
+    Instruction,
+    Module,
+    bytes_of,
+    parse_module,
+)
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHAIN = re.compile(r'chain_id="(\w+)"')
@@ -30,7 +38,6 @@ _FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all add-dependency opt-barrier "
     "optimization-barrier partition-id replica-id copy-start copy-done iota".split()
 )
-_BRANCHES = ("branch_computations", "true_computation", "false_computation")
 _OUR_KINDS = {
     "all-reduce": "all_reduce", "all-gather": "all_gather", "reduce-scatter": "reduce_scatter",
     "all-to-all": "all_to_all", "ragged-all-to-all": "all_to_all", PERMUTE: "permute",
@@ -202,7 +209,7 @@ class _Clock:
         return begins, ends, plain
 
     def _inner(self, each: Instruction) -> Iterator[Instruction]:
-        for key in ("calls", "called_computations", "to_apply"):
+        for key in CALLED:
             for called in self._called(each, key):
                 yield from called.instructions.values()
 
@@ -212,7 +219,7 @@ class _Clock:
 
     def _dearest(self, each: Instruction, times: int) -> None:
         """Of the branches of a conditional the one that takes longest counts."""
-        branches = [c for key in _BRANCHES for c in self._called(each, key)]
+        branches = [c for key in BRANCHES for c in self._called(each, key)]
         best, before = None, self._state()
         for branch in branches:
             self._restore(before)

@@ -33,6 +33,8 @@ from spmd.reporting.hlo_groups import (
 )
 from spmd.reporting.hlo_loops import trip_count
 from spmd.reporting.hlo_text import (
+    BRANCHES,
+    CALLED,
     Computation,
     Instruction,
     Module,
@@ -194,10 +196,9 @@ class _Counter:
         )
 
     def _of_conditional(self, conditional: Instruction) -> tuple[HloCollective, ...]:
-        names = ("branch_computations", "true_computation", "false_computation")
         branches = [
             self.of(self._module.computations[name])
-            for key in names
+            for key in BRANCHES
             for name in conditional.attribute_list(key)
         ]
         return max(branches, key=lambda branch: (_total(branch), len(branch)), default=())
@@ -205,7 +206,7 @@ class _Counter:
     def _of_call(self, call: Instruction) -> tuple[HloCollective, ...]:
         called = tuple(
             each
-            for key in ("calls", "to_apply", "called_computations")
+            for key in CALLED
             for each in self._called(call, key)
         )
         names = call.attribute("calls") or ""

@@ -23,6 +23,10 @@ _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _SIZELESS = ("token", "opaque", "opq")
 _OPEN, _CLOSE = "([{", ")]}"
 
+# Attributes that name computations: those that always run, and those of which one does.
+CALLED = ("calls", "to_apply", "called_computations")
+BRANCHES = ("branch_computations", "true_computation", "false_computation")
+
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:

@@ -64,7 +64,7 @@ def aot(function=f"{CASE}:step", args=f"{CASE}:shapes", mesh="data=8,tensor=4", 
             aot(topology="v3p:4x4"),
             "topology 'v3p:4x4'\n"
             "  why: there is no chip 'v3p' (did you mean 'v3'?)\n"
-            "  fix: the chips are v2, v3, v4, v5e, v5p, v6e, a100, h100, h200, cpu",
+            "  fix: the chips are v2, v3, v4, v5e, v5p, v6e, l4, a100, h100, h200, b200, cpu",
         ),
         (
             aot(mesh="data=2,tensor=4", topology="h100:8"),

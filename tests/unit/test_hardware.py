@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from sharding.errors import ArgumentError, MeshError
+from spmd import chips
 from spmd.hardware import CHIPS, Machine
 
 GB = 1e9
@@ -34,13 +35,13 @@ def test_parse_counts_devices_and_prints_what_it_read(text, devices):
             "v5pp:4x4x4",
             "topology 'v5pp:4x4x4'\n"
             "  why: there is no chip 'v5pp' (did you mean 'v5p'?)\n"
-            "  fix: the chips are v2, v3, v4, v5e, v5p, v6e, a100, h100, h200, cpu",
+            "  fix: the chips are v2, v3, v4, v5e, v5p, v6e, l4, a100, h100, h200, b200, cpu",
         ),
         (
             "v5litepod:4x4",
             "topology 'v5litepod:4x4'\n"
             "  why: there is no chip 'v5litepod' (did you mean 'v5e'?)\n"
-            "  fix: the chips are v2, v3, v4, v5e, v5p, v6e, a100, h100, h200, cpu",
+            "  fix: the chips are v2, v3, v4, v5e, v5p, v6e, l4, a100, h100, h200, b200, cpu",
         ),
         (
             "v5p:4x4",
@@ -229,3 +230,25 @@ def test_wire_bytes_and_payload_agree():
     wire = 2 * GB * 15 / 16
     by_wire = layout.wire_time("all_reduce", ("tensor",), wire)
     assert by_wire == pytest.approx(layout.time("all_reduce", ("tensor",), 1 * GB))
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "name"),
+    [
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5e", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v5p", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-40GB", "a100"),
+        ("cpu", "cpu"),
+    ],
+)
+def test_a_chip_is_known_by_the_kind_of_its_devices(device_kind, name):
+    found = chips.of_kind(device_kind)
+    assert found is not None and found.name == name
+
+
+def test_a_chip_that_nobody_described_is_not_known():
+    assert chips.of_kind("NVIDIA GeForce RTX 4090") is None
