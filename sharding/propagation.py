@@ -16,7 +16,7 @@ from sharding.program import Program, Value, render
 from sharding.project import clashes, expressible, extension, to_dims, to_factors
 from sharding.provenance import Event, Rejection
 from sharding.region import Port
-from sharding.resolve import Proposal, rank, reason
+from sharding.resolve import Proposal, rank, reason, tied
 from sharding.rule import Kind, Rule, edge_rule
 from sharding.spec import DimSharding, Sharding, check_axes
 
@@ -139,7 +139,7 @@ class _Propagation:
                     self.touching[value.id].append(i)
         self.queue: list[int] = []
         self.queued = bytearray(len(self.links))
-        self.contested: set[int] = set()
+        self.contested: dict[int, bool] = {}  # link -> whether only their order decides
         self.level = 0
 
     def run(self) -> Propagated:
@@ -158,7 +158,8 @@ class _Propagation:
 
     def settle(self) -> None:
         """To a fixed point at this level. What nobody contests goes everywhere before the first
-        contested dim is decided: its neighbours may know better than the equation itself."""
+        contested dim is decided: its neighbours may know better than the equation itself. Those
+        that the policy does not tell apart come last."""
         while True:
             while self.queue:
                 index = heapq.heappop(self.queue)
@@ -166,8 +167,8 @@ class _Propagation:
                 self.visit(index, decide=False)
             if not self.contested:
                 return
-            index = min(self.contested)
-            self.contested.discard(index)
+            index = min(self.contested, key=lambda i: (self.contested[i], i))
+            del self.contested[index]
             self.visit(index, decide=True)
 
     def reserve(self) -> None:
@@ -216,9 +217,9 @@ class _Propagation:
         ]
         best = self.proposals(index, factors)
         waiting = set() if decide else self.contests(index, best, factors)
-        if waiting:
-            self.contested.add(index)
         for proposal in best:
+            if proposal.kind is Kind.REDUCE and self.level < _REDUCE:
+                continue
             for t, d in rule.where[proposal.factor]:
                 if t != proposal.tensor and (proposal.factor, t) not in waiting:
                     self.push(index, proposal, t, d, factors)
@@ -226,7 +227,8 @@ class _Propagation:
     def contests(
         self, index: int, best: list[Proposal], factors: list[dict[str, tuple[str, ...]]]
     ) -> set[tuple[str, int]]:
-        """(factor, tensor) places where another factor wants one of the same axes."""
+        """(factor, tensor) places where another factor wants one of the same axes. Those of factors
+        that are reduced count at every level: what they want must not be taken unseen."""
         link = self.links[index]
         found: set[tuple[str, int]] = set()
         for i, p in enumerate(best):
@@ -238,6 +240,7 @@ class _Propagation:
                 ):
                     if all(self.wants(link, t, x, factors) for x in (p, q)):
                         found |= {(p.factor, t), (q.factor, t)}
+                        self.contested[index] = tied(p, q) or self.contested.get(index, False)
         return found
 
     def wants(
@@ -262,7 +265,7 @@ class _Propagation:
         for t, found in enumerate(factors):
             for name, axes in found.items():
                 kind = rule.factors[name].kind
-                if kind is Kind.FIXED or (kind is Kind.REDUCE and self.level < _REDUCE):
+                if kind is Kind.FIXED:
                     continue
                 elements = prod(link.values[t].shape)
                 new = Proposal(name, kind, axes, t, t >= operands, elements)

@@ -65,6 +65,11 @@ def rank(proposal: Proposal) -> tuple[object, ...]:
     return tuple(strategy(proposal) for strategy in POLICY)
 
 
+def tied(a: Proposal, b: Proposal) -> bool:
+    """Whether nothing but their order decides."""
+    return rank(a)[:-1] == rank(b)[:-1]
+
+
 def reason(winner: Proposal, loser: Proposal) -> str:
     """Name and meaning of the strategy that decided."""
     for strategy in POLICY:

@@ -130,6 +130,35 @@ def test_contested_dims_wait_for_their_neighbours() -> None:
     assert found.out_shardings.spec == P(None, "tensor")
 
 
+def attention(q: Any, k: Any, v: Any) -> Any:
+    """q [batch, positions, heads, group, dim]; k, v [batch, positions, heads, dim]."""
+    weights = jax.nn.softmax(jnp.einsum("bskge,btke->bkgst", q, k))
+    return q + jnp.einsum("bkgst,btke->bskge", weights, v)
+
+
+@pytest.mark.parametrize("group", [4, 2])
+@pytest.mark.parametrize("remat", [False, True])
+def test_attention_with_positions_sharded_gathers_the_smaller_side(group: int, remat: bool) -> None:
+    """What the gradients of keys want must not take the scores' dims before queries have a say:
+    forwards and backwards, keys and values are gathered, never queries."""
+    attend = jax.checkpoint(attention) if remat else attention
+
+    def loss(*qkv):
+        return (attend(*qkv) ** 2).sum()
+
+    q, kv = (2, 64, 4, group, 8), jax.ShapeDtypeStruct((2, 64, 4, 8), jnp.float32)
+    specs = (P(None, "tensor"),) * 3
+    found = propagate(
+        jax.grad(loss, argnums=(0, 1, 2)), jax.ShapeDtypeStruct(q, jnp.float32), kv, kv,
+        in_shardings=specs, out_shardings=specs,
+    )  # fmt: skip
+    one = 2 * 64 * 4 * 8 * 4 / 4 * (4 - 1)  # bytes to gather or scatter keys once
+    sent = {}
+    for record in found.partition().collectives:
+        sent[record.kind] = sent.get(record.kind, 0) + record.bytes / one
+    assert sent == {"all_gather": 4 if remat else 2, "reduce_scatter": 2}
+
+
 def test_the_history_leads_from_every_sharding_to_an_annotation() -> None:
     found = propagate(carry_and_stack, X, jax.ShapeDtypeStruct((3, 16, 16), jnp.float32),
                       in_shardings=(P("data"), None)).result
