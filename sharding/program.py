@@ -92,13 +92,22 @@ def build(closed: Any, in_names: Sequence[str] = (), out_names: Sequence[str] = 
     for value, name in zip(body.outputs, out_names, strict=False):
         if not value.name and value.const is None:
             value.name = name
-    return Program(body, builder.values, closed, _jax.effects_of(closed.jaxpr))
+    return Program(body, builder.numbered(), closed, _jax.effects_of(closed.jaxpr))
 
 
 class _Builder:
     def __init__(self) -> None:
         self.values: list[Value] = []
         self.count = 0
+        self.merged: set[int] = set()  # indices of equations that others were merged with
+        self.dropped: set[int] = set()  # values that nothing makes any more
+
+    def numbered(self) -> list[Value]:
+        """The values that there still are, numbered anew."""
+        values = [v for v in self.values if v.id not in self.dropped]
+        for i, value in enumerate(values):
+            value.id = i
+        return values
 
     def value(self, aval: Any, name: str = "", const: Any = None) -> Value:
         value = Value(len(self.values), aval, name, const)
@@ -112,7 +121,22 @@ class _Builder:
         consts: list[Value] = []
         ops: list[Op] = []
         outputs = self.equations(closed, inputs, ops, consts, scope)
-        return Region(tuple(inputs), tuple(outputs), tuple(ops), tuple(consts))
+        return Region(tuple(inputs), tuple(outputs), self.without_merged(ops, outputs),
+                      tuple(consts))  # fmt: skip
+
+    def without_merged(self, ops: Sequence[Op], outputs: Sequence[Value]) -> tuple[Op, ...]:
+        """Without equations that became part of others, where nothing else reads them."""
+        if not self.merged:
+            return tuple(ops)
+        used = {v.id for v in outputs}
+        kept: list[Op] = []
+        for op in reversed(ops):
+            if op.index in self.merged and used.isdisjoint(v.id for v in op.outputs):
+                self.dropped |= {v.id for v in op.outputs}
+            else:
+                kept.append(op)
+                used |= {v.id for v in op.inputs}
+        return tuple(reversed(kept))
 
     def equations(
         self, closed: Any, args: Sequence[Value], ops: list[Op], consts: list[Value], scope: Scope
@@ -168,6 +192,11 @@ class _Builder:
             inputs = self.each(
                 control.enter, each, eqn, inputs, [v.aval for v in inputs], ops, scope
             )
+        merge = REGISTRY.merged.get(eqn.primitive)
+        found = merge(eqn.params, inputs) if merge is not None else None
+        if found is not None:
+            self.merged |= set(_makers(inputs))
+            return self.append(found.primitive, found.params, eqn, found.operands, avals, ops, scope)
         outputs = self.append(eqn.primitive, eqn.params, eqn, inputs, avals, ops, scope)
         if control is not None:
             inner = scope.inside(control.manual(eqn.params))._replace(
@@ -201,6 +230,14 @@ class _Builder:
             value.op = op
         ops.append(op)
         return outputs
+
+
+def _makers(values: Sequence[Value]) -> Iterator[int]:
+    """Indices of the equations that values are made by, and those that these are made by."""
+    for value in values:
+        if value.op is not None:
+            yield value.op.index
+            yield from (v.op.index for v in value.op.inputs if v.op is not None)
 
 
 def _below(scope: Scope, eqn: Any) -> str:

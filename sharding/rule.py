@@ -9,13 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sharding.errors import Problem, RuleError
+from sharding.local import Local as Local
+from sharding.local import OpInfo as OpInfo
 from sharding.region import Control, Inline
 
 
@@ -48,102 +50,6 @@ class Gathered(NamedTuple):
 
     why: str
     remedy: str = ""
-
-
-class Local(Protocol):
-    """What a `local` function may ask of the partitioner. Implemented in `spmd/partition`."""
-
-    def axes(self, factor: str) -> tuple[str, ...]:
-        """Mesh axes that shard `factor`, major to minor."""
-        ...
-
-    def shards(self, factor: str) -> int:
-        """Number of shards of `factor`."""
-        ...
-
-    def local_size(self, factor: str) -> int:
-        """ceil(size / shards)."""
-        ...
-
-    def offset(self, factor: str) -> Any:
-        """Traced int32: global index of this device's first element along `factor`."""
-        ...
-
-    def local_out(self, result: int) -> tuple[int, ...]:
-        """Local shape of a result."""
-        ...
-
-    def is_read(self, result: int) -> bool:
-        """Whether anything reads a result."""
-        ...
-
-    def index(self, axes: tuple[str, ...]) -> Any:
-        """Traced int32: this device's place along `axes`, major to minor."""
-        ...
-
-    def named(self, axes: Any) -> Any:
-        """Manual axes, as the user names them, by the names that collectives take."""
-        ...
-
-    def mask(self, x: Any, operand: int, factor: str, fill: Any) -> Any:
-        """`x` with the padding of an uneven `factor` replaced by `fill`."""
-        ...
-
-    def all_gather(self, x: Any, axes: tuple[str, ...], dim: int) -> Any:
-        """Shards along `axes` concatenated on `dim`: partial results, not whole operands."""
-        ...
-
-    def gathers(self, factor: str) -> bool:
-        """Whether `Rule.gathers` says so."""
-        ...
-
-    def whole(self, x: Any, factor: str, dim: int) -> Any:
-        """`x` gathered along `factor`, its dim `dim`, without padding: if `gathers` says so."""
-        ...
-
-    def all_reduce(self, x: Any, axes: tuple[str, ...], monoid: str = "add") -> Any:
-        """`x` reduced over the devices along `axes`."""
-        ...
-
-    def fetch(
-        self, x: Any, dim: int, axes: tuple[str, ...], size: int, starts: Sequence[int],
-        width: int, fill: Any = 0,
-    ) -> Any:  # fmt: skip
-        """Elements [starts[i], starts[i] + width) along `dim` on shard i, from whoever has them.
-
-        Args:
-          x: the local shard; the dim has `size` elements globally, as many per shard as `x`.
-          axes: mesh axes that shard the dim, major to minor.
-          starts: per shard, known before tracing; places outside of [0, size) hold `fill`.
-        """
-        ...
-
-    def on_first_device(
-        self, fun: Callable[..., Sequence[Any]], *operands: Any
-    ) -> Sequence[Any]:
-        """Results of `fun`, which runs on one device only and holds no collective, on all."""
-        ...
-
-    def bind(self, *operands: Any, **changed: Any) -> Sequence[Any]:
-        """The primitive at local shapes, `resize` applied, with `changed` parameters."""
-        ...
-
-
-class OpInfo(Protocol):
-    """What a rule function sees of an equation: global shapes and static parameters."""
-
-    primitive: Any
-    params: Mapping[str, Any]
-
-    @property
-    def in_avals(self) -> Sequence[Any]: ...
-
-    @property
-    def out_avals(self) -> Sequence[Any]: ...
-
-    def literal(self, operand: int) -> Any:
-        """Value of a literal operand, or None."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -237,7 +143,16 @@ class Rule:
             f" [{', '.join(kinds)}]" if kinds else "")
 
 
+class Merged(NamedTuple):
+    """One equation in place of several: its primitive, parameters and operands."""
+
+    primitive: Any
+    params: Mapping[str, Any]
+    operands: Sequence[Any]
+
+
 RuleFn = Callable[[OpInfo], Rule]
+MergeFn = Callable[[Mapping[str, Any], Sequence[Any]], Merged | None]
 
 
 @dataclass
@@ -246,6 +161,8 @@ class Registry:
 
     Attributes:
       opaque: name of a primitive that runs anything -> parameters -> what it runs.
+      merged: primitive -> (parameters, operands) -> what it makes together with the equations that
+        make its operands, see `register_merged`.
     """
 
     rules: dict[Any, RuleFn] = field(default_factory=dict)
@@ -255,6 +172,7 @@ class Registry:
     apart: dict[Any, Callable[[Mapping[str, Any], int], Mapping[str, Any]]] = field(
         default_factory=dict
     )
+    merged: dict[Any, "MergeFn"] = field(default_factory=dict)
 
     def __contains__(self, primitive: Any) -> bool:
         return any(primitive in found for found in (self.rules, self.controls, self.inlined))
@@ -309,6 +227,21 @@ def register_apart(
     """`primitive` acts on each operand alone: `one(params, i)` are the parameters for one of them,
     and its rule is for one operand."""
     REGISTRY.apart[primitive] = one
+
+
+def register_merged(*primitives: Any) -> Callable[[MergeFn], MergeFn]:
+    """Decorator: the decorated function recognises what an equation makes together with others.
+
+    It gets parameters and operands (values of a `Program`: what makes one is its `op`), and returns
+    one equation with the same result, or None. Equations that nothing else reads are left out then.
+    """
+
+    def decorate(fn: MergeFn) -> MergeFn:
+        for primitive in primitives:
+            REGISTRY.merged[primitive] = fn
+        return fn
+
+    return decorate
 
 
 def names(prefix: str, count: int) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ reversal and redistribution over other shard sizes are all this.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import product
 from typing import Any, NamedTuple
 
 import jax
@@ -38,28 +39,29 @@ class Hop(NamedTuple):
         return any(source != receiver for source, receiver in self.pairs)
 
 
-# (source, receiver) -> the global range that moves
-_Parts = dict[tuple[int, int], tuple[int, int]]
+# (source, receiver) -> the global range that moves, and how far on its place is if the dim goes round
+_Parts = dict[tuple[int, int], tuple[int, int, int]]
 
 
 @lru_cache(maxsize=4096)
 def hops(
-    size: int, block: int, shards: int, starts: tuple[int, ...], width: int
+    size: int, block: int, shards: int, starts: tuple[int, ...], width: int, wrap: bool = False
 ) -> tuple[Hop, ...]:
     """The exchanges after which shard i has global elements [starts[i], starts[i] + width).
 
     Args:
       size: global size of the dim.
       block: elements per shard, the last ones padded.
+      wrap: the dim, which is even, goes round: element `size` is element 0.
     """
     by_distance: dict[int, _Parts] = {}
-    for i, start in enumerate(starts):
-        low, high = max(start, 0), min(start + width, size)
+    for (i, start), turn in product(enumerate(starts), (0, size) if wrap else (0,)):
+        low, high = max(start - turn, 0), min(start - turn + width, size)
         for j in range(low // block if block else 0, shards):
             first, last = max(low, j * block), min(high, (j + 1) * block)
             if first >= last:
                 break
-            by_distance.setdefault(j - i, {})[j, i] = (first, last)
+            by_distance.setdefault(j - i, {})[j, i] = (first, last, turn)
     own = by_distance.pop(0, None)
     moving = _merged([parts for _, parts in sorted(by_distance.items())])
     groups = ([own] if own else []) + moving
@@ -83,27 +85,27 @@ def _merged(groups: Sequence[_Parts]) -> list[_Parts]:
 
 
 def _length(parts: _Parts) -> int:
-    return max(last - first for first, last in parts.values())
+    return max(last - first for first, last, _ in parts.values())
 
 
 def _hop(parts: _Parts, block: int, starts: Sequence[int], shards: int) -> Hop:
     length = _length(parts)
     send, place = [0] * shards, [-length] * shards
-    for (source, receiver), (first, _) in parts.items():
+    for (source, receiver), (first, _, turn) in parts.items():
         send[source] = min(first - source * block, block - length)
-        place[receiver] = source * block + send[source] - starts[receiver]
+        place[receiver] = source * block + send[source] + turn - starts[receiver]
     return Hop(tuple(parts), length, tuple(send), tuple(place))
 
 
 def fetch(
     x: Any, dim: int, axes: tuple[str, ...], size: int, starts: Sequence[int], width: int,
-    fill: Any, index: Any, mesh: MeshShape,
+    fill: Any, index: Any, mesh: MeshShape, wrap: bool = False,
 ) -> Any:  # fmt: skip
     """See `sharding.rule.Local.fetch`. `index` is this device's place along `axes`."""
     if jnp.issubdtype(x.dtype, jax.dtypes.extended):
         impl = jax.random.key_impl(x)
         words = fetch(
-            jax.random.key_data(x), dim, axes, size, starts, width, 0, index, mesh
+            jax.random.key_data(x), dim, axes, size, starts, width, 0, index, mesh, wrap
         )
         return jax.random.wrap_key_data(words, impl=impl)
     shards = axes_size(mesh, axes)
@@ -112,12 +114,14 @@ def fetch(
     shape = (*x.shape[:dim], width, *x.shape[dim + 1 :])
     if 0 in shape or not size:
         return jnp.full(shape, fill)
-    exchanged = hops(size, x.shape[dim], shards, starts, width)
-    inside = all(0 <= s and s + width <= size for s in starts)
+    exchanged = hops(size, x.shape[dim], shards, starts, width, wrap)
+    inside = wrap or all(0 <= s and s + width <= size for s in starts)
     even = size == x.shape[dim] * shards
+    assert even or not wrap, "padding cannot go round"
     if _whole_is_cheaper(exchanged, x, dim, shards):
         out = lax.all_gather(x, axes, axis=dim, tiled=True)
         at = _pick(starts, index) + lax.iota(jnp.int32, width)
+        at = at % size if wrap else at
         out = jnp.take(out, at, axis=dim, mode="clip")
         return out if inside else _masked(out, dim, size, starts, index, fill)
     parts = [(hop, _received(hop, x, dim, axes, index, mesh)) for hop in exchanged]

@@ -97,9 +97,9 @@ class LocalView:
 
     def fetch(
         self, x: Any, dim: int, axes: tuple[str, ...], size: int, starts: Sequence[int],
-        width: int, fill: Any = 0,
+        width: int, fill: Any = 0, wrap: bool = False,
     ) -> Any:  # fmt: skip
-        return fetch(x, dim, axes, size, starts, width, fill, self.index(axes), self.mesh)
+        return fetch(x, dim, axes, size, starts, width, fill, self.index(axes), self.mesh, wrap)
 
     def on_first_device(self, fun: Callable[..., Sequence[Any]], *operands: Any) -> Sequence[Any]:
         return on_first_device(fun, operands, self.mesh)
