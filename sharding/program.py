@@ -196,7 +196,8 @@ class _Builder:
         found = merge(eqn.params, inputs) if merge is not None else None
         if found is not None:
             self.merged |= set(_makers(inputs))
-            return self.append(found.primitive, found.params, eqn, found.operands, avals, ops, scope)
+            primitive, params, operands = found
+            return self.append(primitive, params, eqn, operands, avals, ops, scope)
         outputs = self.append(eqn.primitive, eqn.params, eqn, inputs, avals, ops, scope)
         if control is not None:
             inner = scope.inside(control.manual(eqn.params))._replace(

@@ -14,16 +14,26 @@ import jax.numpy as jnp
 from jax import lax
 
 from sharding import _jax
-from sharding.rule import Factor, Kind, Local, Merged, OpInfo, Rule, names, register, register_merged
+from sharding.rule import (
+    Factor,
+    Kind,
+    Local,
+    Merged,
+    OpInfo,
+    Rule,
+    names,
+    register,
+    register_merged,
+)
 
 p = _jax.primitives
 
 
 def _rolled(x: Any, *, dim: int, shift: int) -> Any:
     """Element i of `dim` is element i - shift of `x`, 0 < shift < n."""
-    n = x.shape[dim]
-    parts = (lax.slice_in_dim(x, n - shift, n, axis=dim), lax.slice_in_dim(x, 0, n - shift, axis=dim))
-    return lax.concatenate(parts, dim)
+    middle = x.shape[dim] - shift
+    end = lax.slice_in_dim(x, middle, None, axis=dim)
+    return lax.concatenate((end, lax.slice_in_dim(x, 0, middle, axis=dim)), dim)
 
 
 rotate_p = _jax.Primitive("rotate")
@@ -75,8 +85,8 @@ def _joined(params: Mapping[str, Any], operands: Sequence[Any]) -> Merged | None
 @register_merged(p.add_p, p.add_jaxvals_p)
 def _added(params: Mapping[str, Any], operands: Sequence[Any]) -> Merged | None:
     """The same as a sum: each slice brought to its new place, with zeros everywhere else."""
-    found = [_moved(v) for v in operands]
-    if None in found:
+    found = [move for v in operands if (move := _moved(v)) is not None]
+    if len(found) != 2:
         return None
     (x, dim, *one), (y, other, *two) = sorted(found, key=lambda move: move[2])
     if x is not y or dim != other:
@@ -92,7 +102,7 @@ def _added(params: Mapping[str, Any], operands: Sequence[Any]) -> Merged | None:
 def _slice_of(value: Any, dim: int) -> tuple[Any, tuple[int, int]]:
     """The array that a value is a slice of along `dim` alone, and from where to where; or None."""
     op = value.op
-    if op is None or op.primitive is not p.slice_p or any(s != 1 for s in op.params["strides"] or ()):
+    if op is None or op.primitive is not p.slice_p or set(op.params["strides"] or ()) - {1}:
         return None, (0, 0)
     (x,) = op.inputs
     cut = [d for d, (n, m) in enumerate(zip(x.shape, value.shape, strict=True)) if n != m]
