@@ -39,7 +39,7 @@ class Hop(NamedTuple):
         return any(source != receiver for source, receiver in self.pairs)
 
 
-# (source, receiver) -> the global range that moves, and how much further on it is, having gone round
+# (source, receiver) -> the global range that moves, and how much further on it is gone round
 _Parts = dict[tuple[int, int], tuple[int, int, int]]
 
 
