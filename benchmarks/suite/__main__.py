@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.suite import table
-from benchmarks.suite.child import Child, run_apart
+from benchmarks.suite.child import Child, has, merged, run_apart
+from benchmarks.suite.names import SYSTEMS
 from benchmarks.suite.targets import Target, defaults
 
 RESULTS = Path(__file__).parents[1] / "suite_results.json"
@@ -71,6 +72,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--only", default="", metavar="REGEX", help="only programs whose name matches")
     add("--programs", action="append", default=[], metavar="MODULE",
         help="compare the programs of this module, not those of the suite; repeatable")  # fmt: skip
+    add("--system", action="append", default=[], choices=SYSTEMS,
+        help="only this one, beside what the results file has of others; repeatable")  # fmt: skip
     add("--json", type=Path, default=RESULTS, metavar="FILE", help=f"results; default {RESULTS}")
     add("--again", action="store_true", help="also what the results file has")
     add("--limit", type=float, default=LIMIT, metavar="SECONDS",
@@ -78,7 +81,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--table", action="store_true", help="print the results file and end")
     add("--markdown", action="store_true", help="print tables in Markdown")
     add("--one", nargs=2, metavar=("TARGET", "PROGRAM"), help=argparse.SUPPRESS)
-    add("--system", action="append", default=[], help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -100,7 +102,8 @@ def _chosen(options: argparse.Namespace, results: Results) -> Mapping[str, dict[
 
 def _run_missing(options: argparse.Namespace, results: Results, console: Console) -> None:
     wanted = [(t, n) for t in options.target or defaults() for n in _names(options)]
-    todo = [(t, n) for t, n in wanted if options.again or n not in results.get(t, {})]
+    todo = [(t, n) for t, n in wanted
+            if options.again or not has(results.get(t, {}).get(n), options.system)]  # fmt: skip
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     )  # fmt: skip
@@ -112,8 +115,9 @@ def _run_missing(options: argparse.Namespace, results: Results, console: Console
                 progress.update(task, description=f"{what} [dim]{now}")
 
             child = Child(target, name, tuple(options.programs), options.limit, tell)
-            entry = run_apart(child.launch, Target(target).runs)
-            results.setdefault(target, {})[name] = entry
+            entry = run_apart(child.launch, Target(target).runs, options.system)
+            known = results.setdefault(target, {})
+            known[name] = merged(known.get(name), entry)
             _write(options.json, results)
             progress.advance(task)
             failed = table.errors({name: entry})

@@ -19,10 +19,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.suite.names import SYSTEMS
 from benchmarks.suite.targets import Target
 
 _ROOT = Path(__file__).parents[2]
@@ -46,22 +47,39 @@ class Launched(NamedTuple):
 Launch = Callable[[Sequence[str]], Launched]
 
 
-def run_apart(launch: Launch, runs: bool) -> dict[str, Any]:
+def run_apart(launch: Launch, runs: bool, wanted: Sequence[str] = ()) -> dict[str, Any]:
     """The results of a program for a target, whatever dies on the way; plain values.
 
     Args:
       launch: starts a process for these systems, () for all that can, and waits for it.
       runs: whether programs run there; else what a dead process had finished is kept.
+      wanted: systems; () for all that can.
     """
     begin = time.perf_counter()
-    values, death = launch(())
+    values, death = launch(tuple(wanted))
     if death:
         values = _one_by_one(launch, runs, values, death)
     order = values.pop("applicable", [])
     rows = values["systems"]
     values["systems"] = {system: rows[system] for system in order if system in rows}
     values = {key: value for key, value in values.items() if key not in ("done", "now")}
-    return {**values, "took_s": time.perf_counter() - begin}
+    asked = list(wanted or SYSTEMS)
+    return {**values, "asked": asked, "took_s": time.perf_counter() - begin}
+
+
+def has(entry: Mapping[str, Any] | None, wanted: Sequence[str]) -> bool:
+    """Whether an entry of the results file has what is wanted of it; all systems for ()."""
+    return entry is not None and set(wanted or SYSTEMS) <= set(entry.get("asked", SYSTEMS))
+
+
+def merged(old: Mapping[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
+    """New results, and the old ones of systems that were not asked for."""
+    if old is None:
+        return new
+    rows = {**old["systems"], **new["systems"]}
+    asked = {*old.get("asked", SYSTEMS), *new["asked"]}
+    return {**new, "systems": {s: rows[s] for s in SYSTEMS if s in rows},
+            "asked": [s for s in SYSTEMS if s in asked]}  # fmt: skip
 
 
 def _one_by_one(launch: Launch, runs: bool, values: dict[str, Any], death: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import sharding
 from benchmarks.suite import __main__ as suite
 from benchmarks.suite import measure, names, registry, steps, systems, table
 from benchmarks.suite.case import RUNS, Case, Program, Size, array
-from benchmarks.suite.child import Child, Launched, run_apart
+from benchmarks.suite.child import Child, Launched, has, merged, run_apart
 from benchmarks.suite.measure import Result
 from benchmarks.suite.targets import Target, defaults, on_one, simulated_mesh
 from spmd.hardware import Machine
@@ -273,6 +273,27 @@ def test_where_nothing_runs_what_a_dead_process_had_finished_is_kept():
     assert process.launched == [(), (names.SHARDY,), (names.GSPMD,), (names.BY_HAND,)]
     assert entry["systems"][names.OURS]["flops"] == 4
     assert entry["systems"][names.SHARDY]["error"] == "SIGABRT of Shardy"
+
+
+def test_one_system_is_measured_again_beside_the_others() -> None:
+    row = {"error": "", "wire_bytes": 1.0}
+    old = {"systems": {name: row for name in names.SYSTEMS}, "took_s": 9.0}
+    launched = []
+
+    def launch(wanted):
+        launched.append(tuple(wanted))
+        return Launched({"systems": {names.OURS: {**row, "wire_bytes": 2.0}},
+                         "applicable": [names.OURS], "done": True}, "")  # fmt: skip
+
+    new = run_apart(launch, runs=False, wanted=[names.OURS])
+    assert launched == [(names.OURS,)] and new["asked"] == [names.OURS]
+    found = merged(old, new)
+    assert {s: r["wire_bytes"] for s, r in found["systems"].items()} == {
+        names.OURS: 2.0, names.SHARDY: 1.0, names.GSPMD: 1.0, names.BY_HAND: 1.0,
+    }  # fmt: skip
+    assert has(found, ()) and has(new, [names.OURS])
+    assert not has(new, ()) and not has(None, [names.OURS])
+    assert merged(None, new) is new
 
 
 def _child(program: str, limit: float) -> Child:
