@@ -12,7 +12,9 @@ from sharding.annotate import AxisRules, Spec
 from sharding.mesh import MeshShape
 
 # What can be switched off, by `disable_passes`.
-PASSES = ("loop_sums", "loop_invariants", "split_scatters", "async_collectives")
+PASSES = (
+    "loop_sums", "loop_invariants", "split_scatters", "keep_products", "async_collectives"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

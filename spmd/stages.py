@@ -32,10 +32,9 @@ from spmd.partition.findings import diagnose, forbid_waste
 from spmd.partition.interpret import per_device
 from spmd.partition.plan import Diagnostic, ProgramPlan
 from spmd.partition.planner import make_plan
-from spmd.partition.scatters import split_scatters
 from spmd.partition.verify import ENABLED, verify
 from spmd.reporting.stage import Reporting
-from spmd.target import chip_of, compiler_of, compiler_options
+from spmd.target import compiler_of, compiler_options, suited
 
 
 @dataclass(frozen=True)
@@ -228,9 +227,7 @@ class Propagated(Inspection):
         plan = make_plan(
             self.result, self._inputs[0], self._outputs[0], options.disable_passes
         )
-        chip = chip_of(options.mesh)
-        if chip is not None and chip.family == "tpu" and options.on("split_scatters"):
-            plan = split_scatters(plan)
+        plan = suited(plan, options)
         if ENABLED:
             verify(plan)
         if options.on_gather == "error":

@@ -11,6 +11,9 @@ from spmd import chips
 from spmd.chips import Chip
 from spmd.estimate.fusion import ANY, Compiler
 from spmd.options import Options
+from spmd.partition.plan import ProgramPlan
+from spmd.partition.products import keep_products
+from spmd.partition.scatters import split_scatters
 
 
 def chip_of(mesh: Any) -> Chip | None:
@@ -32,6 +35,21 @@ def compiler_of(mesh: Any) -> Compiler:
         elsewhere = not isinstance(mesh, AbstractMesh) and mesh.devices.flat[0].platform != "tpu"
         return Compiler(False, False) if elsewhere else ANY
     return Compiler.of(chip)
+
+
+# Changes to plans for the compilers of one family of chips, by the name of the pass.
+_SUITED = {
+    "tpu": (("split_scatters", split_scatters),),
+    "cpu": (("keep_products", keep_products),),
+}  # fmt: skip
+
+
+def suited(plan: ProgramPlan, options: Options) -> ProgramPlan:
+    """The plan as the compiler for the mesh's chip takes it best."""
+    chip = chip_of(options.mesh)
+    for name, change in _SUITED.get(chip.family, ()) if chip is not None else ():
+        plan = change(plan) if options.on(name) else plan
+    return plan
 
 
 def compiler_options(options: Options) -> dict[str, Any]:

@@ -54,6 +54,8 @@ def execute(
         return [(Key(value, dst), x)]
     with _at(instruction.op):
         results = _compute(instruction, mesh, [read(key) for key in instruction.operands])
+        if instruction.apart:
+            results = jax.lax.optimization_barrier(tuple(results))
     for key, x in zip(instruction.results, results, strict=True):
         check_local_shape(key, x, instruction, mesh)
     return list(zip(instruction.results, results, strict=True))

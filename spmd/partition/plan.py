@@ -66,6 +66,7 @@ class Compute:
       unread: per result; empty: all are read.
       asked: operands and results that cost chose the assignment for (`choose.Tensor`s); empty
         where there was nothing to choose.
+      apart: the compiler must not merge it with what reads its results.
     """
 
     op: Op
@@ -75,6 +76,7 @@ class Compute:
     regions: tuple["RegionPlan", ...] = ()
     unread: tuple[bool, ...] = ()
     asked: tuple[Any, ...] = ()
+    apart: bool = False
 
     @property
     def rule(self) -> Rule | None:

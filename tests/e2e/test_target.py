@@ -1,7 +1,9 @@
 """What the compiler of a chip is told, and what users hear when it does not understand."""
 
 import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ from sharding import ArgumentError, P
 from spmd.chips import CHIPS
 from spmd.options import Options
 from spmd.target import chip_of, compiler_options
-from tests.oracle import make_mesh
+from tests.oracle import check, make_mesh
 
+X, W = np.ones((8, 4), np.float32), np.ones((4, 6), np.float32)
 UNKNOWN = "xla_no_such_option"
 
 
@@ -57,3 +60,30 @@ def test_what_the_user_says_wrong_stays_the_error_of_jax(told: None) -> None:
     with pytest.raises(Exception, match=UNKNOWN) as error:
         spmd.jit(jnp.tanh, **options)(np.ones(8, np.float32))
     assert not isinstance(error.value, ArgumentError)
+
+
+def barriers(fun: Any, *args: Any, **options: Any) -> int:
+    """Barriers in the program of one device."""
+    stage = spmd.jit(fun, in_shardings=P("x"), **options).trace(*args).propagate().partition()
+    return str(stage.lower().as_text()).count("optimization_barrier")
+
+
+def test_products_that_are_transposed_are_kept_on_simulated_devices() -> None:
+    mesh = make_mesh(x=2)
+
+    def gradient(x: Any, w: Any) -> Any:
+        return jax.grad(lambda w: jnp.sin(x @ w).sum())(w)
+
+    assert barriers(gradient, X, W, mesh=mesh) == 1
+    assert barriers(gradient, X, W, mesh=mesh, disable_passes=["keep_products"]) == 0
+    check(gradient, [X, W], mesh, P("x"))
+
+
+def read_twice(x: Any, w: Any) -> Any:
+    product = x @ w
+    return product.T, product * 2
+
+
+@pytest.mark.parametrize("fun", [lambda x, w: x @ w + 1, lambda x, w: x.T, read_twice])
+def test_other_values_are_not_kept(fun: Any) -> None:
+    assert barriers(fun, X, W, mesh=make_mesh(x=2)) == 0
