@@ -4,7 +4,7 @@ Nested calls (jit, custom_jvp, custom_vjp ...) are inlined; scan, while, cond an
 bodies as regions. Shapes are global. Everything after this stage reads the Program, not the jaxpr.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -156,17 +156,22 @@ class _Builder:
         for eqn in jaxpr.eqns:
             inputs = [read(atom) for atom in eqn.invars]
             inline = self.inlined(eqn, scope)
-            if inline is None:
+            merge = REGISTRY.merged.get(eqn.primitive)
+            found = merge(eqn.params, inputs) if merge is not None else None
+            if found is not None:
+                self.merged |= set(_makers(inputs, {v.id for v in found.operands}))
+                with _jax.tracing_context(eqn):
+                    body = _jax.trace(found.function, *(v.aval for v in found.operands))
+                inner = _around(scope, eqn)
+                outputs = self.equations(body, found.operands, ops, consts, inner)
+            elif inline is None:
                 outputs = self.op(eqn, inputs, ops, scope)
             else:
                 with _jax.tracing_context(eqn):  # the body may be traced only now
                     body = inline.expand(eqn)
                 inputs = [inputs[i] for i in inline.operands(eqn.params, len(inputs))]
-                inner = scope._replace(
-                    site=eqn if _jax.source_of(eqn) else scope.site,
-                    axis_rules=inline.axis_rules(eqn.params, scope.axis_rules),
-                    stack=_below(scope, eqn),
-                )
+                rules = inline.axis_rules(eqn.params, scope.axis_rules)
+                inner = _around(scope, eqn)._replace(axis_rules=rules)
                 outputs = self.equations(body, inputs, ops, consts, inner)
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
@@ -192,12 +197,6 @@ class _Builder:
             inputs = self.each(
                 control.enter, each, eqn, inputs, [v.aval for v in inputs], ops, scope
             )
-        merge = REGISTRY.merged.get(eqn.primitive)
-        found = merge(eqn.params, inputs) if merge is not None else None
-        if found is not None:
-            self.merged |= set(_makers(inputs))
-            primitive, params, operands = found
-            return self.append(primitive, params, eqn, operands, avals, ops, scope)
         outputs = self.append(eqn.primitive, eqn.params, eqn, inputs, avals, ops, scope)
         if control is not None:
             inner = scope.inside(control.manual(eqn.params))._replace(
@@ -233,12 +232,18 @@ class _Builder:
         return outputs
 
 
-def _makers(values: Sequence[Value]) -> Iterator[int]:
-    """Indices of the equations that values are made by, and those that these are made by."""
+def _makers(values: Sequence[Value], of: Set[int]) -> Iterator[int]:
+    """Indices of the equations that make values of those with ids `of`."""
     for value in values:
-        if value.op is not None:
+        if value.id not in of and value.op is not None:
             yield value.op.index
-            yield from (v.op.index for v in value.op.inputs if v.op is not None)
+            yield from _makers(value.op.inputs, of)
+
+
+def _around(scope: Scope, eqn: Any) -> Scope:
+    """The scope of what replaces an equation."""
+    site = eqn if _jax.source_of(eqn) else scope.site
+    return scope._replace(site=site, stack=_below(scope, eqn))
 
 
 def _below(scope: Scope, eqn: Any) -> str:

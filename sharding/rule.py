@@ -144,10 +144,9 @@ class Rule:
 
 
 class Merged(NamedTuple):
-    """One equation in place of several: its primitive, parameters and operands."""
+    """What several equations make together: a function of JAX arrays, and the values it is of."""
 
-    primitive: Any
-    params: Mapping[str, Any]
+    function: Callable[..., Any]
     operands: Sequence[Any]
 
 
@@ -233,7 +232,7 @@ def register_merged(*primitives: Any) -> Callable[[MergeFn], MergeFn]:
     """Decorator: the decorated function recognises what an equation makes together with others.
 
     It gets parameters and operands (values of a `Program`: what makes one is its `op`), and returns
-    one equation with the same result, or None. Equations that nothing else reads are left out then.
+    what has the same result, or None. Equations that nothing reads any more are left out then.
     """
 
     def decorate(fn: MergeFn) -> MergeFn:

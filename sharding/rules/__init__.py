@@ -16,7 +16,7 @@ from sharding.rules import pieces as pieces
 from sharding.rules import pointwise as pointwise
 from sharding.rules import random as random
 from sharding.rules import reduce as reduce
-from sharding.rules import rotate as rotate
 from sharding.rules import shape as shape
+from sharding.rules import shift as shift
 from sharding.rules import sort as sort
 from sharding.rules import window as window

@@ -190,30 +190,22 @@ def _concatenate(op: OpInfo) -> Rule:
 
 
 def _local_concatenate(ctx: Local, op: OpInfo, *operands: Any) -> Sequence[Any]:
-    """Every operand's share is written to its place; margins take what reaches outside."""
+    """Every place of this shard's part is taken from the operand that it falls into."""
     axis = op.params["dimension"]
     factor = f"d{axis}"
     axes, shards = ctx.axes(factor), ctx.shards(factor)
-    size = ctx.local_out(0)[axis]
-    out = jnp.zeros(_resized(operands[0], axis, 3 * size), operands[0].dtype)
-    begin = 0
+    shape = _resized(operands[0], axis, ctx.local_out(0)[axis])
+    at = ctx.offset(factor) + lax.broadcasted_iota(jnp.int32, shape, axis)
+    out, begin = None, 0
     for x, aval in zip(operands, op.in_avals, strict=True):
         n = aval.shape[axis]
-        width = min(n, size)
-        starts, places = [], []
-        for i in range(shards):
-            first, last = max(i * size, begin), min((i + 1) * size, begin + n)
-            here = first < last
-            # A range that lies outside of the operand costs nothing.
-            starts.append(min(first - begin, n - width) if here else n)
-            places.append(begin + starts[-1] - i * size + size if here else 0)
+        if n > 1:  # else it is whole on every device
+            starts = [i * shape[axis] - begin for i in range(shards)]
+            x = ctx.fetch(x, axis, axes, n, starts, shape[axis])
+        if n:
+            out = jnp.broadcast_to(x, shape) if out is None else jnp.where(at >= begin, x, out)
         begin += n
-        if width and n > 1:
-            x = ctx.fetch(x, axis, axes, n, starts, width)
-        if width:
-            place = jnp.asarray(places, jnp.int32)[ctx.index(axes)]
-            out = lax.dynamic_update_slice_in_dim(out, x, place, axis)
-    return [lax.slice_in_dim(out, size, 2 * size, axis=axis)]
+    return [operands[0] if out is None else out]
 
 
 def _slices(x: Any, *, sizes: Sequence[int], axis: int) -> list[Any]:

@@ -190,14 +190,18 @@ def _placed(
     The margins take what reaches outside, and what a device that receives nothing would write.
     Parts may overlap: they hold the same elements there.
     """
-    margin = max((hop.length for hop, _ in parts), default=0)
-    widths = [(margin, margin, 0) if d == dim else (0, 0, 0) for d in range(out.ndim)]
+    receivers = [{receiver for _, receiver in hop.pairs} for hop, _ in parts]
+    low = high = 0
+    for (hop, _), found in zip(parts, receivers, strict=True):
+        low = max(low, *(-hop.place[i] for i in found))
+        high = max(high, *(hop.place[i] + hop.length - width for i in found))
+        high = high if len(found) == len(hop.place) else max(high, hop.length)
+    widths = [(low, high, 0) if d == dim else (0, 0, 0) for d in range(out.ndim)]
     out = lax.pad(out, jnp.zeros((), out.dtype), widths)
-    for hop, part in parts:
-        receivers = {receiver for _, receiver in hop.pairs}
-        at = [p + margin if i in receivers else 0 for i, p in enumerate(hop.place)]
+    for (hop, part), found in zip(parts, receivers, strict=True):
+        at = [low + (p if i in found else width) for i, p in enumerate(hop.place)]
         out = lax.dynamic_update_slice_in_dim(out, part, _pick(at, index), dim)
-    return lax.slice_in_dim(out, margin, margin + width, axis=dim)
+    return lax.slice_in_dim(out, low, low + width, axis=dim)
 
 
 def _masked(x: Any, dim: int, size: int, starts: Sequence[int], index: Any, fill: Any) -> Any:

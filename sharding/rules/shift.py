@@ -1,13 +1,16 @@
-"""Rotation: what slices and joins of one array make together, and what its gradient is.
+"""Shifts: what cutting and joining make together.
 
-    jnp.roll(x, k)                      concatenate([x[n-k:], x[:n-k]])
-    its gradient                        pad(g[:k], low=n-k) + pad(g[k:], high=k)
+    jnp.roll(x, k)                      concatenate([x[n-k:], x[:n-k]])             a rotation
+    its gradient                        pad(g[:k], low=n-k) + pad(g[k:], high=k)    a rotation
+    jnp.pad(x, k)[i : i+n]              slice of a pad                              a pad, cut too
+    its gradient, and those of several  slice of a sum of pads                      a sum of such
 
-One by one the pieces would be moved from shard to shard, and pieces of a single row reduced over
-all of them. Together they are one exchange between neighbours.
+One by one the pieces would be moved from shard to shard, to shards of other sizes and back, and
+pieces of a single row reduced over all of them. Together they are one exchange with neighbours.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -72,14 +75,13 @@ def _local_rotate(ctx: Local, op: OpInfo, x: Any) -> Sequence[Any]:
 @register_merged(p.concatenate_p)
 def _joined(params: Mapping[str, Any], operands: Sequence[Any]) -> Merged | None:
     """Two slices of one array, the second of which begins it and the first of which ends it."""
+    dim = params["dimension"]
     if len(operands) != 2:
         return None
-    (x, end), (y, begin) = (_slice_of(v, params["dimension"]) for v in operands)
-    if x is None or x is not y or end[1] != x.shape[params["dimension"]]:
+    (x, end), (y, begin) = (_slice_of(v, dim) for v in operands)
+    if x is None or x is not y or end[1] != x.shape[dim] or begin != (0, end[0]):
         return None
-    if begin != (0, end[0]):
-        return None
-    return Merged(rotate_p, {"dim": params["dimension"], "shift": end[1] - end[0]}, (x,))
+    return Merged(partial(rotate_p.bind, dim=dim, shift=end[1] - end[0]), (x,))
 
 
 @register_merged(p.add_p, p.add_jaxvals_p)
@@ -96,7 +98,66 @@ def _added(params: Mapping[str, Any], operands: Sequence[Any]) -> Merged | None:
     n = x.shape[dim]
     if (first, then, end, begin) != (0, last, n, 0) or place != n - last:
         return None
-    return Merged(rotate_p, {"dim": dim, "shift": place}, (x,))
+    return Merged(partial(rotate_p.bind, dim=dim, shift=place), (x,))
+
+
+@register_merged(p.slice_p)
+def _sliced(params: Mapping[str, Any], operands: Sequence[Any]) -> Merged | None:
+    """A part of an array; of all of it, it is the array."""
+    (value,) = operands
+    if set(params["strides"] or ()) - {1}:
+        return None
+    starts, limits = params["start_indices"], params["limit_indices"]
+    if not any(starts) and tuple(limits) == value.shape:
+        return Merged(lambda x: x, (value,))
+    return _cut(value, starts, limits)
+
+
+@register_merged(p.pad_p)
+def _padded(params: Mapping[str, Any], operands: Sequence[Any]) -> Merged | None:
+    """What is padded by less than nothing is cut: gradients of pads are."""
+    value, config = operands[0], params["padding_config"]
+    if any(low > 0 or high > 0 or inside for low, high, inside in config):
+        return None
+    ends = [n + high for n, (_, high, _) in zip(value.shape, config, strict=True)]
+    return _cut(value, [-low for low, _, _ in config], ends)
+
+
+def _cut(value: Any, starts: Sequence[int], limits: Sequence[int]) -> Merged | None:
+    """A part of a pad, or of a sum of pads: each is cut, where it was padded, and only there."""
+    cut = [d for d, n in enumerate(value.shape) if (starts[d], limits[d]) != (0, n)]
+    pads = list(_pads(value))
+    if not cut or not pads:
+        return None
+    for pad in pads:
+        config = pad.op.params["padding_config"]
+        if any(tuple(config[d]) == (0, 0, 0) or limits[d] - starts[d] < 2 for d in cut):
+            return None
+
+    def rebuilt(value: Any, arrays: Iterator[Any]) -> Any:
+        if value.op.primitive is not p.pad_p:
+            left, right = (rebuilt(v, arrays) for v in value.op.inputs)
+            return lax.add(left, right)
+        config = [
+            (low - a, high - (n - b), inside)
+            for (low, high, inside), a, b, n in zip(
+                value.op.params["padding_config"], starts, limits, value.shape, strict=True
+            )
+        ]
+        return lax.pad(next(arrays), next(arrays), config)
+
+    operands = [v for pad in pads for v in pad.op.inputs]
+    return Merged(lambda *arrays: rebuilt(value, iter(arrays)), operands)
+
+
+def _pads(value: Any, depth: int = 8) -> Iterator[Any]:
+    """The pads that a value is the sum of, in order; nothing where it is of anything else too."""
+    op = value.op
+    if op is not None and op.primitive is p.pad_p:
+        yield value
+    elif op is not None and op.primitive in (p.add_p, p.add_jaxvals_p) and depth:
+        left, right = (list(_pads(v, depth - 1)) for v in op.inputs)
+        yield from (*left, *right) if left and right else ()
 
 
 def _slice_of(value: Any, dim: int) -> tuple[Any, tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Rotation: `jnp.roll` and its gradient are one exchange, whatever pieces they are made of."""
+"""Rotations and windows of padded arrays, and their gradients, are exchanges with neighbours."""
 
 import re
 from typing import Any
@@ -110,3 +110,45 @@ def test_the_unsharded_program_knows_rotations_too() -> None:
     program = stage.propagated.result.program
     (got,) = jax.jit(lambda x: evaluate(program.body, [x]))(arr(16))
     np.testing.assert_array_equal(got, np.roll(arr(16), 3, axis=0))
+
+
+# --- windows of a padded array --------------------------------------------------------------------
+
+
+def taps(x: Any, weights: Any) -> Any:
+    """A short causal convolution, as recurrent models write it."""
+    past = jnp.pad(x, ((2, 0), (0, 0)))
+    return sum(past[i : i + x.shape[0]] * weights[i] for i in range(3))
+
+
+def test_windows_of_a_padded_array_fetch_a_few_rows_forwards_and_backwards() -> None:
+    def both(x: Any, weights: Any) -> Any:
+        y, back = jax.vjp(taps, x, weights)
+        return y, back(jnp.cos(y))[0]
+
+    weights = np.random.default_rng(1).standard_normal((3, WIDTH)).astype(np.float32)
+    stage = check(both, [arr(16), weights], MESH, (P("y"), P()), P("y"))
+    # forwards 2 rows and 1 row, backwards the same; no array of 18 rows is left
+    assert sent(stage) == {"permute": 2 * 3 * WIDTH * 4}
+    assert "[18," not in str(stage.propagated)
+
+
+@pytest.mark.parametrize("fun", [
+    lambda x: jnp.pad(x, ((3, 0), (0, 0)), constant_values=2.0)[1:17],
+    lambda x: jnp.pad(x, ((3, 5), (1, 0)), mode="constant")[4:20],
+    lambda x: jax.lax.pad(x, 1.0, ((2, 2, 1), (0, 0, 0)))[3:19],
+    lambda x: (jnp.pad(x, ((1, 0), (0, 0))) + jnp.pad(2 * x, ((0, 1), (0, 0))))[:16],
+])  # fmt: skip
+def test_what_is_left_of_a_pad_is_a_pad(fun: Any) -> None:
+    stage = check(fun, [arr(16)], MESH, P("y"), tolerance=0)
+    assert "= slice(" not in str(stage.propagated)
+
+
+@pytest.mark.parametrize("fun", [
+    lambda x: jnp.pad(x, ((3, 0), (0, 0)))[::2],
+    lambda x: jnp.pad(x, ((3, 0), (0, 0)))[3:4],
+    lambda x: jnp.pad(x, ((3, 0), (0, 0)))[:, :2],
+    lambda x: (jnp.pad(x, ((1, 0), (0, 0))) + 1)[:16],
+])  # fmt: skip
+def test_other_slices_stay(fun: Any) -> None:
+    assert "= slice(" in str(check(fun, [arr(16)], MESH, P("y"), tolerance=0).propagated)
