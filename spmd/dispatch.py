@@ -77,9 +77,10 @@ def jit(
         error, which lists all of it.
       disable_passes: names of optimisations that are off: "loop_sums" (what a loop adds up is
         reduced once, after it), "loop_invariants" (what its steps gather is gathered once),
-        "split_scatters" and "async_collectives" (what TPU compilers need in order to keep
-        reduce-scatters, and to run collectives beside computation), "keep_products" (what the CPU
-        compiler needs in order to multiply matrices at full speed).
+        "split_scatters", "own_stacks" and "async_collectives" (what TPU compilers need in order to
+        keep reduce-scatters, to fill no memory with zeros that are overwritten, and to run
+        collectives beside computation), "keep_products" (what the CPU compiler needs in order to
+        multiply matrices at full speed).
 
     Returns:
       A callable with the stages `.trace`, `.lower` (see `spmd.stages`).

@@ -14,6 +14,7 @@ from spmd.options import Options
 from spmd.partition.plan import ProgramPlan
 from spmd.partition.products import keep_products
 from spmd.partition.scatters import split_scatters
+from spmd.partition.stacks import own_stacks
 
 
 def chip_of(mesh: Any) -> Chip | None:
@@ -39,7 +40,7 @@ def compiler_of(mesh: Any) -> Compiler:
 
 # Changes to plans for the compilers of one family of chips, by the name of the pass.
 _SUITED = {
-    "tpu": (("split_scatters", split_scatters),),
+    "tpu": (("split_scatters", split_scatters), ("own_stacks", own_stacks)),
     "cpu": (("keep_products", keep_products),),
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ from sharding.program import Value
 from spmd.partition.apply import apply
 from spmd.partition.local import LocalView
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
+from spmd.partition.stacks import build_apart
 from spmd.partition.verify import check_local_shape
 
 
@@ -54,7 +55,7 @@ def execute(
         return [(Key(value, dst), x)]
     with _at(instruction.op):
         results = _compute(instruction, mesh, [read(key) for key in instruction.operands])
-        if instruction.apart:
+        if instruction.apart and instruction.op.control is None:
             results = jax.lax.optimization_barrier(tuple(results))
     for key, x in zip(instruction.results, results, strict=True):
         check_local_shape(key, x, instruction, mesh)
@@ -70,6 +71,8 @@ def _compute(instruction: Compute, mesh: MeshShape, operands: Sequence[Any]) -> 
             lambda *args, region=region: _region(region, args)
             for region in instruction.regions
         ]
+        if instruction.apart:
+            return build_apart(op, bodies, operands)
         return op.control.build(op.params, bodies, operands)
 
 

@@ -66,7 +66,8 @@ class Compute:
       unread: per result; empty: all are read.
       asked: operands and results that cost chose the assignment for (`choose.Tensor`s); empty
         where there was nothing to choose.
-      apart: the compiler must not merge it with what reads its results.
+      apart: the compiler must not merge it with others: a product with what reads it (see
+        `products`), what a loop stacks with what another does (see `stacks`).
     """
 
     op: Op

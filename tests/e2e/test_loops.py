@@ -11,7 +11,9 @@ from jax import lax
 
 import spmd
 from sharding import ArgumentError, P, shard
+from spmd import target
 from spmd.options import PASSES
+from spmd.partition.stacks import own_stacks
 from tests.oracle import check, make_mesh
 
 STEPS = 40
@@ -254,3 +256,31 @@ def test_the_oracle_follows_a_sum_through_its_loop() -> None:
         accumulate, *args, mesh=make_mesh(x=4), in_shardings=(P(), P(None, "x")), out_shardings=P()
     )
     assert report.ok, str(report)
+
+
+# --- stacks -----------------------------------------------------------------------------------
+
+
+def twice(x: Any) -> Any:
+    """Two loops that stack results of one shape, the second of which counts down."""
+
+    def step(x: Any, _: Any) -> tuple[Any, Any]:
+        return jnp.sin(x), (x, x.sum())
+
+    y, (up, sums) = lax.scan(step, x, length=3)
+    y, (down, _) = lax.scan(step, y, length=3, reverse=True)
+    return up, down, sums
+
+
+def test_a_later_loop_stacks_what_is_alike_in_a_shape_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(target._SUITED, "cpu", (("own_stacks", own_stacks),))
+
+    def stacks(**options: Any) -> int:
+        """How many stacks of [2, 8] per step have a dim of one element more."""
+        stage = check(twice, (arr(8, 8),), make_mesh(x=4), P("x"), **options)
+        return stage.lower().as_text().count("tensor<3x1x2x8xf32>) -> tensor<3x2x8xf32>")
+
+    assert stacks() == 1
+    assert stacks(disable_passes=["own_stacks"]) == 0
