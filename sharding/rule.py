@@ -268,8 +268,8 @@ def pointwise_rule(
 def identity_rule(shape: tuple[int, ...], annotation: Any = None) -> Rule:
     """The result is the operand, on which the user's `annotation` may say where it lies."""
     same = pointwise_rule([shape], [shape])
-    return Rule(same.operands, same.results, same.factors, identity=True, early=True,
-                annotation=annotation)
+    return Rule(same.operands, same.results, same.factors, linear=((0,),), identity=True,
+                early=True, annotation=annotation)
 
 
 @lru_cache(maxsize=8192)

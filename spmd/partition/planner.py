@@ -247,7 +247,7 @@ class _Scope:
         if rule.elementary:
             self.keep(op)
             return
-        if rule.annotation is not None or _made_from_nothing(op):
+        if (rule.annotation is not None and not _passes(op, operands)) or _made_from_nothing(op):
             assignment = forced(rule, wanted[0], self.mesh)
         elif rule.early and _agree(op, operands, wanted[0]):
             assignment = forced(rule, wanted[0], self.mesh)
@@ -326,6 +326,14 @@ class _Scope:
         for value, layout in results:
             self.at_hand[value.id] = [layout]
         self.code.append(Compute(op, Assignment(()), operands, results, found.regions))
+
+
+def _passes(op: Op, operands: Sequence[Tensor]) -> bool:
+    """Whether a partial sum goes through an annotation: through that of a cotangent, which nobody
+    asked for. Where a user annotates one, it is reduced."""
+    spec = op.rule.annotation
+    open_dims = spec.rest_open and all(dim.open for dim in spec.dims)
+    return open_dims and bool(operands[0].layouts[0].partial)
 
 
 def _whole(value: Value) -> Layout:
