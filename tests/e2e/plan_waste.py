@@ -17,10 +17,12 @@ def waste(plan: ProgramPlan) -> list[str]:
     """
     found: list[str] = []
     _region(plan.body, found)
-    sharded = any(any(layout.dims) for layout in plan.body.inputs) or any(
-        any(key.layout.dims) for i, _ in plan.body.walk() if isinstance(i, Compute)
-        for key in i.results
+    # an argument whose dim does not divide is whole at the boundary, and cut where it is read
+    made = (
+        layout for i, _ in plan.body.walk()
+        for layout in ([i.dst] if isinstance(i, Move) else [key.layout for key in i.results])
     )
+    sharded = any(any(layout.dims) for layout in (*plan.body.inputs, *made))
     if not sharded and any(move.plan.bytes for move, _ in plan.moves()):
         found.append("nothing is sharded, and yet something is sent")
     return found
