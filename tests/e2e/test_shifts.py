@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+import spmd
 from spmd.checking.unsharded import evaluate
 from tests.oracle import check, make_mesh
 
@@ -110,6 +111,24 @@ def test_the_unsharded_program_knows_rotations_too() -> None:
     program = stage.propagated.result.program
     (got,) = jax.jit(lambda x: evaluate(program.body, [x]))(arr(16))
     np.testing.assert_array_equal(got, np.roll(arr(16), 3, axis=0))
+
+
+@pytest.mark.parametrize("spec", [P(), P("y")])
+def test_rotations_are_differentiated_and_batched_like_the_program_they_are_of(spec: P) -> None:
+    def fun(x: Any) -> Any:
+        return jnp.roll(jnp.sin(x), 1, axis=0)
+
+    inside = jax.shard_map(fun, mesh=MESH, in_specs=P("y"), out_specs=P("y"), axis_names={"y"})
+    for each in (fun, inside):
+        function = spmd.jit(each, mesh=MESH, in_shardings=spec)
+        x = arr(16)
+        for transformed in (
+            lambda f, x: jax.grad(lambda x: (f(x) ** 2).sum())(x),
+            lambda f, x: jax.vmap(f)(jnp.stack([x, 2 * x])),
+            lambda f, x: jax.jvp(f, (x,), (x,))[1],
+        ):
+            got, want = transformed(function, x), transformed(jax.jit(each), x)
+            np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 # --- windows of a padded array --------------------------------------------------------------------
