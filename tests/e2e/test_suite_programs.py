@@ -24,7 +24,7 @@ from benchmarks.suite.programs import (
 from tests.oracle import assert_close, check, make_mesh
 
 MODULES = (experts, vision, recommender, pipeline, recurrent, graph, optimizers, linalg)
-SLOW = ("recurrence", "unet_2d", "unet_3d")  # to plan or to compile
+SLOW = ("cnn", "muon", "recurrence", "unet_2d", "unet_3d")  # to plan or to compile
 TOLERANCE = 2e-5
 QUICK = {"xla_backend_optimization_level": 0}  # to compile
 
