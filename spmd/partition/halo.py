@@ -101,7 +101,7 @@ def fetch(
     x: Any, dim: int, axes: tuple[str, ...], size: int, starts: Sequence[int], width: int,
     fill: Any, index: Any, mesh: MeshShape, wrap: bool = False,
 ) -> Any:  # fmt: skip
-    """See `sharding.rule.Local.fetch`. `index` is this device's place along `axes`."""
+    """See `sharding.local.Local.fetch`. `index` is this device's place along `axes`."""
     if jnp.issubdtype(x.dtype, jax.dtypes.extended):
         impl = jax.random.key_impl(x)
         words = fetch(

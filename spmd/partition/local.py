@@ -22,7 +22,7 @@ _AXIS_PARAMS = ("axes", "axis_name")
 
 
 class LocalView:
-    """Implements `sharding.rule.Local` for one instruction."""
+    """Implements `sharding.local.Local` for one instruction."""
 
     def __init__(self, instruction: Compute, mesh: MeshShape):
         self.instruction = instruction

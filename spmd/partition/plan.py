@@ -4,8 +4,8 @@ A plan is a list of instructions per region. It is made without tracing (`choose
 checked (`verify`), printed, and then carried out (`interpret`).
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from sharding.mesh import MeshShape, axes_size
@@ -159,6 +159,27 @@ class ProgramPlan:
 
     def __str__(self) -> str:
         return f"mesh {self.mesh}\n" + "\n".join(_render(self.body, ""))
+
+
+def rewritten(
+    plan: ProgramPlan, change: Callable[[Move | Compute, RegionPlan], Move | Compute]
+) -> ProgramPlan:
+    """The plan with every instruction changed, those of nested regions after the one they are in.
+
+    Args:
+      change: (instruction, the region it is in) -> what takes its place.
+    """
+
+    def region(body: RegionPlan) -> RegionPlan:
+        code = []
+        for found in body.code:
+            found = change(found, body)
+            if isinstance(found, Compute):
+                found = replace(found, regions=tuple(map(region, found.regions)))
+            code.append(found)
+        return replace(body, code=tuple(code))
+
+    return replace(plan, body=region(plan.body))
 
 
 def _render(body: RegionPlan, indent: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ its transposition is left as it is.
 from dataclasses import replace
 
 from sharding.program import Op, Value
-from spmd.partition.plan import Compute, ProgramPlan, RegionPlan
+from spmd.partition.plan import Compute, Move, ProgramPlan, RegionPlan, rewritten
 
 
 def keep_products(plan: ProgramPlan) -> ProgramPlan:
@@ -19,17 +19,12 @@ def keep_products(plan: ProgramPlan) -> ProgramPlan:
         reads = readers[value.id]
         return uses[value.id] == len(reads) == 1 and _transposes(reads[0][0])
 
-    def region(body: RegionPlan) -> RegionPlan:
-        return replace(body, code=tuple(
-            replace(
-                found, regions=tuple(map(region, found.regions)),
-                apart=_multiplies(found.op) and transposed(found.op.outputs[0]),
-            )
-            if isinstance(found, Compute) else found
-            for found in body.code
-        ))  # fmt: skip
+    def change(found: Move | Compute, body: RegionPlan) -> Move | Compute:
+        if isinstance(found, Compute) and _multiplies(found.op):
+            return replace(found, apart=transposed(found.op.outputs[0]))
+        return found
 
-    return replace(plan, body=region(plan.body))
+    return rewritten(plan, change)
 
 
 def _multiplies(op: Op) -> bool:

@@ -10,25 +10,20 @@ from dataclasses import replace
 from math import isqrt
 
 from sharding.mesh import MeshShape, axes_size
-from spmd.partition.plan import Compute, Move, ProgramPlan, RegionPlan
+from spmd.partition.plan import Compute, Move, ProgramPlan, RegionPlan, rewritten
 from spmd.partition.reshard import Plan, Step
 
 
 def split_scatters(plan: ProgramPlan) -> ProgramPlan:
     """The plan with every reduce-scatter among all devices of the mesh in two parts."""
-    return replace(plan, body=_region(plan.body))
 
+    def change(found: Move | Compute, body: RegionPlan) -> Move | Compute:
+        if not isinstance(found, Move):
+            return found
+        steps = tuple(_split(step, body.mesh) for step in found.plan.steps)
+        return replace(found, plan=Plan(steps, found.plan.cost))
 
-def _region(region: RegionPlan) -> RegionPlan:
-    code = []
-    for found in region.code:
-        if isinstance(found, Move):
-            steps = tuple(_split(step, region.mesh) for step in found.plan.steps)
-            found = replace(found, plan=Plan(steps, found.plan.cost))
-        elif isinstance(found, Compute) and found.regions:
-            found = replace(found, regions=tuple(map(_region, found.regions)))
-        code.append(found)
-    return replace(region, code=tuple(code))
+    return rewritten(plan, change)
 
 
 def _split(step: Step, mesh: MeshShape) -> Step:

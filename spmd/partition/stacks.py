@@ -14,26 +14,22 @@ from typing import Any
 from jax import lax
 
 from sharding.program import Op
-from spmd.partition.plan import Compute, ProgramPlan, RegionPlan
+from spmd.partition.plan import Compute, Move, ProgramPlan, RegionPlan, rewritten
 
 
 def own_stacks(plan: ProgramPlan) -> ProgramPlan:
     """The plan with the stacks of every loop kept apart from those of earlier ones."""
     seen: set[Any] = set()
 
-    def region(body: RegionPlan) -> RegionPlan:
-        return replace(body, code=tuple(
-            loop(found, body) if isinstance(found, Compute) and found.regions else found
-            for found in body.code
-        ))  # fmt: skip
-
-    def loop(found: Compute, body: RegionPlan) -> Compute:
+    def change(found: Move | Compute, body: RegionPlan) -> Move | Compute:
+        if not isinstance(found, Compute) or not found.regions:
+            return found
         mine = set(_stacks(found, body))
         alike = not seen.isdisjoint(mine)
         seen.update(mine)
-        return replace(found, apart=alike, regions=tuple(map(region, found.regions)))
+        return replace(found, apart=alike)
 
-    return replace(plan, body=region(plan.body))
+    return rewritten(plan, change)
 
 
 def _stacks(loop: Compute, body: RegionPlan) -> Iterator[Any]:
