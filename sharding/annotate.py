@@ -50,6 +50,11 @@ class Spec:
     def __str__(self) -> str:
         return "P(" + ", ".join(map(_dim_text, self.dims)) + ")"
 
+    @property
+    def all_open(self) -> bool:
+        """Whether it says nothing: the annotation of a cotangent, which no user wrote."""
+        return self.rest_open and all(dim.open for dim in self.dims)
+
 
 @dataclass(frozen=True)
 class Priority:

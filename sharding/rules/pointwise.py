@@ -101,9 +101,12 @@ def _select_n(op: OpInfo) -> Rule:
 
 @register(p.convert_element_type_p)
 def _convert(op: OpInfo) -> Rule:
-    """Not carried through: a partial sum is reduced before widening (fewer bytes), and before
-    narrowing (rounding partial sums would lose what the user's dtype promised)."""
-    return pointwise_rule(*_shapes(op))
+    """Linear where it widens a float. (Rounding partial sums to a narrower one would lose what the
+    user's dtype promised.)"""
+    src, dst = (a.dtype for a in (op.in_avals[0], op.out_avals[0]))
+    floats = all(jnp.issubdtype(dtype, jnp.floating) for dtype in (src, dst))
+    widens = floats and jnp.promote_types(src, dst) == dst
+    return pointwise_rule(*_shapes(op), linear=((0,),) if widens else ())
 
 
 @register(p.bitcast_convert_type_p)

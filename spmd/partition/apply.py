@@ -144,6 +144,13 @@ def _addend(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> 
     return lax.select(jnp.broadcast_to(first, x.shape), x, jnp.zeros_like(x))
 
 
+def _spread(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:
+    whole = list(x.shape)
+    whole[step.dim] *= axes_size(mesh, step.axes)
+    start = linear_index(step.axes, mesh) * x.shape[step.dim]
+    return lax.dynamic_update_slice_in_dim(jnp.zeros(whole, x.dtype), x, start, step.dim)
+
+
 def _slice(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:
     size = _local(step.after, step.dim, shape, mesh)
     x = _pad_to(x, step.dim, size * axes_size(mesh, step.axes))
@@ -200,6 +207,7 @@ def _permute(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) ->
 
 _APPLY = {
     "addend": _addend,
+    "spread": _spread,
     "slice": _slice,
     "all_gather": _all_gather,
     "all_to_all": _all_to_all,

@@ -19,6 +19,7 @@ from sharding.spec import Layout
 from spmd import cost
 from spmd.partition.plan import Assignment
 from spmd.partition.reshard import local_bytes, plan
+from spmd.partition.tensor import Tensor, can_carry, carriable, linear_group
 
 _CARRY = "(carried)"
 _NONE = ""
@@ -26,36 +27,12 @@ _MAX_CANDIDATES = 512
 _REDUCTIONS = ("all_reduce", "reduce_scatter", "slice")
 
 
-class Tensor(NamedTuple):
-    """An operand or result of the equation to be decided.
-
-    Attributes:
-      shape: global.
-      itemsize: bytes per element.
-      layouts: operand: layouts at hand, the first as it was made. result: the wanted one.
-      readers: operand: how many operations are expected to read it in a layout, where more than
-        one; they share the cost of bringing it there. result: readers of its reduction likewise.
-      used: result: whether anything reads it.
-      anywhere: operand: it is made from nothing, in any layout.
-    """
-
-    shape: tuple[int, ...]
-    itemsize: int
-    layouts: tuple[Layout, ...]
-    readers: tuple[tuple[Layout, int], ...] = ()
-    used: bool = True
-    anywhere: bool = False
-
-    def share(self, need: Layout) -> float:
-        """The part of a reshard's cost that one reader bears."""
-        return 1.0 / next((n for layout, n in self.readers if layout == need), 1)
-
-
 def needs(
     rule: Rule, assignment: Assignment, operands: Sequence[Tensor], mesh: MeshShape
 ) -> tuple[Layout, ...]:
     """The layout that every operand must have under an assignment."""
-    group = _linear_group(rule, assignment.carried, operands) or ()
+    group = linear_group(rule, assignment.carried, operands, False)
+    group = group or linear_group(rule, assignment.carried, operands, True) or ()
     carried = tuple((a, "add") for a in assignment.carried)
     factors = assignment.axes
     return tuple(
@@ -203,11 +180,23 @@ def forced(
 def _candidates(
     rule: Rule, operands: Sequence[Tensor], results: Sequence[Tensor], mesh: MeshShape
 ) -> Iterator[Assignment]:
-    """Legal assignments, those that keep the wanted result first."""
+    """Legal assignments, those that keep the wanted result first; of these, where it is decided
+    what the result carries, those that do."""
+    carried = results[0].carried if len(results) == 1 else None
+    if carried is None:
+        yield from _all_candidates(rule, operands, results, mesh, False)
+        return
+    found = list(_all_candidates(rule, operands, results, mesh, bool(carried)))
+    yield from [a for a in found if a.carried == carried] or found
+
+
+def _all_candidates(
+    rule: Rule, operands: Sequence[Tensor], results: Sequence[Tensor], mesh: MeshShape, mixed: bool
+) -> Iterator[Assignment]:
     options = _Options(rule)
     # A tie is decided by the order: carrying a partial value first, since later sums can share
     # its reduction, then what the result wants.
-    for axis in _carriable(rule, operands):
+    for axis in carriable(rule, operands, mixed):
         options.factors.setdefault(axis, {})[_CARRY] = None
     for r, tensor in enumerate(results):
         options.note(to_factors(rule, len(operands) + r, tensor.layouts[0].dims, mesh), True)
@@ -220,7 +209,8 @@ def _candidates(
     axes, choices = list(options.factors), options.choices()
     for combo in product(*choices):
         assignment = _assemble(rule, axes, combo, options.order)
-        if _legal(rule, assignment.axes, mesh) and _can_carry(rule, assignment, operands):
+        carries = can_carry(rule, assignment.carried, operands, mixed)
+        if carries and _legal(rule, assignment.axes, mesh):
             yield assignment
     yield Assignment(())
 
@@ -305,36 +295,6 @@ def _legal(rule: Rule, factors: Mapping[str, tuple[str, ...]], mesh: MeshShape) 
         if name in rule.even and rule.factors[name].size % axes_size(mesh, axes):
             return False
     return all(expressible(rule, t, factors, mesh) for t in range(len(rule.tensors)))
-
-
-def _carriable(rule: Rule, operands: Sequence[Tensor]) -> list[str]:
-    """Axes over which some linear group of operands is partial by add."""
-    axes: dict[str, None] = {}
-    for tensor in operands:
-        for axis, monoid in tensor.layouts[0].partial:
-            if monoid == "add" and _linear_group(rule, (axis,), operands) is not None:
-                axes[axis] = None
-    return list(axes)
-
-
-def _linear_group(
-    rule: Rule, carried: tuple[str, ...], operands: Sequence[Tensor]
-) -> tuple[int, ...] | None:
-    """The group of operands that carries all these axes; None where there is none."""
-    if not carried:
-        return None
-    for group in rule.linear:
-        if all(
-            (a, "add") in operands[i].layouts[0].partial for i in group for a in carried
-        ):
-            return group
-    return None
-
-
-def _can_carry(rule: Rule, assignment: Assignment, operands: Sequence[Tensor]) -> bool:
-    if not assignment.carried:
-        return True
-    return _linear_group(rule, assignment.carried, operands) is not None
 
 
 def iterations(rule: Rule, factors: Mapping[str, tuple[str, ...]], mesh: MeshShape) -> float:

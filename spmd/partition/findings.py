@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from sharding.errors import Problem, StrictError
 from sharding.mesh import axes_size, split_ref
 from sharding.op import Op, Value
-from sharding.program import describe
+from sharding.program import Program, describe
 from sharding.propagation import Propagated
 from sharding.spec import Layout
-from spmd.partition.addends import Addends
 from spmd.partition.conflicts import conflicts
+from spmd.partition.linear import only_reader
 from spmd.partition.plan import Compute, Diagnostic, Key, Move, ProgramPlan, RegionPlan
 from spmd.partition.replicated import Layouts, layouts_of, replicated
 from spmd.partition.written import annotation_text
@@ -92,14 +92,13 @@ def _elsewhere(plan: ProgramPlan, value: Value, d: int, layout: Layout) -> Layou
 
 def _reduced_early(plan: ProgramPlan) -> Iterator[Diagnostic]:
     """Addends of a loop's sum that are reduced in each of its steps."""
-    addends = Addends(plan.program)
     for body, op, trips in _loops(plan.body, 1):
         inside = {v.id for inner in op.regions for v in inner.outputs}
         for move in body.code:
             if not isinstance(move, Move) or not move.src.partial:
                 continue
             wire = sum(s.bytes for s in move.plan.steps if s.kind == "all_reduce")
-            total = _accumulates(addends, move.value, inside)
+            total = _accumulates(plan.program, move.value, inside)
             if total is None or wire * trips < LARGE or trips < 2:
                 continue
             axes = tuple(a for s in move.plan.steps if s.kind == "all_reduce" for a in s.axes)
@@ -133,20 +132,19 @@ def _loops(region: RegionPlan, trips: int) -> Iterator[tuple[RegionPlan, Op, int
             yield from _loops(inner, runs)
 
 
-def _accumulates(addends: Addends, value: Value, outputs: set[int]) -> Value | None:
+def _accumulates(program: Program, value: Value, outputs: set[int]) -> Value | None:
     """The output of a region that a value is only added to, and that nothing reads before the
     last step; None where there is none."""
-    uses = addends.program.uses
     while value.id not in outputs:
-        reader = addends.only_reader(value)
+        reader = only_reader(program, value)
         if reader is None or not any(reader[1] in group for group in reader[0].rule.linear):
             return None
         value = reader[0].outputs[0]
     op = value.op
     carried = op is not None and any(
-        v.op is None and v.const is None and uses[v.id] == 1 for v in op.inputs
+        v.op is None and v.const is None and program.uses[v.id] == 1 for v in op.inputs
     )
-    return value if carried and uses[value.id] == 1 else None
+    return value if carried and program.uses[value.id] == 1 else None
 
 
 def _scattered(

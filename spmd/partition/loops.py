@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sharding.program import Op, Value
-from sharding.project import to_dims, to_factors
 from sharding.region import Port
 from sharding.spec import Layout
 from spmd import cost
-from spmd.partition.addends import linear_groups, reduces
 from spmd.partition.choose import cheapest, iterations
+from spmd.partition.linear import linear_groups, only_reader, reduces, through
 from spmd.partition.plan import Key, Move, RegionPlan
 from spmd.partition.regions import Given, Planned, plan_regions
 from spmd.partition.reshard import plan
@@ -122,7 +121,7 @@ def _partial_sum(planner: Any, carry: Value, result: Value) -> Layout | None:
     none, or something else reads the sum on the way."""
     value, layout = carry, None
     while value is not result:
-        reader = planner.addends.only_reader(value)
+        reader = only_reader(planner.propagated.program, value)
         if reader is None or len(reader[0].outputs) != 1 or reader[0].rule.annotation is not None:
             return None
         op, operand = reader
@@ -137,7 +136,7 @@ def _partial_sum(planner: Any, carry: Value, result: Value) -> Layout | None:
                     return None
                 layout = added
         value = op.outputs[0]
-        if layout is not None and _through(op, operand, layout, planner.mesh) != layout:
+        if layout is not None and through(op, operand, layout, planner.mesh) != layout:
             return None
     return layout
 
@@ -161,7 +160,7 @@ def made_partial(planner: Any, value: Value) -> Layout | None:
             continue
         made = {made_partial(planner, op.inputs[i]) for i in group}
         if len(made) == 1 and (layout := made.pop()) is not None:
-            return _through(op, group[0], layout, planner.mesh)
+            return through(op, group[0], layout, planner.mesh)
     return None
 
 
@@ -179,12 +178,6 @@ def _inside(planner: Any, value: Value) -> tuple[Port, Value] | None:
     return (ports[0], inner) if planner.uses[inner.id] == 1 and planner.uses[value.id] else None
 
 
-def _through(op: Op, operand: int, layout: Layout, mesh: Any) -> Layout:
-    """The layout of a result, of an operand's."""
-    factors = to_factors(op.rule, operand, layout.dims, mesh)
-    return Layout(to_dims(op.rule, len(op.inputs), factors, mesh), layout.partial)
-
-
 def _assumed(planner: Any, op: Op, given: Given) -> dict[int, Layout]:
     """The values that stay partial inside of a loop, with their layouts."""
     found: dict[int, Layout] = {}
@@ -193,7 +186,7 @@ def _assumed(planner: Any, op: Op, given: Given) -> dict[int, Layout]:
         value = op.regions[port.region].inputs[port.inner]
         while layout is not None and layout.partial and planner.uses[value.id]:
             found[value.id] = layout
-            reader = planner.addends.only_reader(value)
+            reader = only_reader(planner.propagated.program, value)
             if reader is None:
                 break
             group = next(g for g in linear_groups(reader[0]) if reader[1] in g)

@@ -13,10 +13,8 @@ from sharding.region import Port
 from sharding.rule import Kind
 from sharding.spec import Layout, Sharding
 from spmd.partition import diagnose
-from spmd.partition.addends import Addends
 from spmd.partition.choose import (
     Alternatives,
-    Tensor,
     alternatives,
     choose,
     expected,
@@ -36,6 +34,8 @@ from spmd.partition.plan import (
 )
 from spmd.partition.regions import plan_regions
 from spmd.partition.reshard import plan
+from spmd.partition.sums import UNSETTLED, settle
+from spmd.partition.tensor import Tensor
 
 
 def make_plan(
@@ -72,7 +72,7 @@ def _sub_axes(body: RegionPlan) -> set[str]:
     return {a for layout in layouts for a in layout.used if ":" in a and a not in known}
 
 
-# Readers of a reduction that a whole sum pays for: the addend's own part is nothing.
+# Readers of a reduction that comes later: what is reduced then pays for it.
 _FREE = 1 << 30
 
 
@@ -81,9 +81,8 @@ class _Planner:
         self.propagated, self.mesh, self.without = propagated, mesh, without
         self.uses = propagated.program.uses
         self.diagnostics: list[Diagnostic] = []
-        self.addends = Addends(propagated.program)
-        self.sums: dict[int, bool] = {}
         self.refined: dict[Sharding, Layout] = {}
+        self.layouts: dict[int, Layout] = {}
         self.expected: dict[int, tuple[tuple[Layout, int], ...]] = {}
         # Layouts that a pass wants, in place of those propagated.
         self.assumed: dict[int, Layout] = {}
@@ -104,7 +103,6 @@ class _Planner:
         before = self.assumed
         if only or layouts:
             self.assumed = {**({} if only else before), **layouts}
-            self.sums.clear()
             self.expected.clear()
         return before
 
@@ -119,29 +117,17 @@ class _Planner:
         """The propagated layout of a value, or the one that a pass assumes."""
         if value.id in self.assumed:
             return self.assumed[value.id]
-        sharding = self.propagated.shardings[value.id]
-        if sharding not in self.refined:
-            self.refined[sharding] = self.refine(sharding.layout)
-        return self.refined[sharding]
+        found = self.layouts.get(value.id)
+        if found is None:
+            sharding = self.propagated.shardings[value.id]
+            if sharding not in self.refined:
+                self.refined[sharding] = self.refine(sharding.layout)
+            found = self.layouts[value.id] = self.refined[sharding]
+        return found
 
     def leaving(self, value: Value) -> Layout:
         """The layout of a region's output: partial only where a pass assumes so."""
         return self.assumed.get(value.id, self.wanted(value).reduced())
-
-    def summed(self, value: Value) -> bool:
-        """Whether a reduced value should stay partial, since a sum of several is reduced once for
-        less than each would cost on its own. All addends of a sum get the same answer."""
-        root, leaves = self.addends.group(value)
-        if len(leaves) < 2:
-            return False
-        if root.id not in self.sums:
-            found = [a for leaf in leaves if (a := self.alternatives(leaf)) is not None]
-            # Only addends that are partial over the same axes can be summed as they are.
-            alike = len(found) == len(leaves) and len({a.made.partial for a in found}) == 1
-            self.sums[root.id] = alike and sum(a.partial for a in found) + max(
-                a.reduction for a in found
-            ) < sum(a.alone for a in found)
-        return self.sums[root.id]
 
     def alternatives(self, value: Value) -> Alternatives | None:
         """Of the operation that makes `value`, with every operand where it was propagated to."""
@@ -216,6 +202,7 @@ class _Scope:
         self, planner: _Planner, region: Region, mesh: MeshShape, inputs: Sequence[Layout]
     ):
         self.planner, self.mesh = planner, mesh
+        self.sums = settle(planner, region) if planner.on("shared_sums") else UNSETTLED
         self.code: list[Move | Compute] = []
         self.at_hand: dict[int, list[Layout]] = {}
         for value, layout in zip(region.inputs, inputs, strict=True):
@@ -235,9 +222,12 @@ class _Scope:
         )  # fmt: skip
 
     def result(self, value: Value, wanted: Layout) -> Tensor:
-        sharing = ((wanted, _FREE),) if self.planner.summed(value) else ()
-        used = self.planner.uses[value.id] > 0
-        return Tensor(value.shape, value.itemsize, (wanted,), sharing, used)
+        carried = self.sums.carried.get(value.id)
+        later = value.id in self.sums.made or bool(carried)
+        return Tensor(
+            value.shape, value.itemsize, (wanted,), ((wanted, _FREE),) if later else (),
+            used=self.planner.uses[value.id] > 0, carried=carried,
+        )  # fmt: skip
 
     def compute(self, op: Op) -> None:
         rule = op.rule
@@ -331,9 +321,7 @@ class _Scope:
 def _passes(op: Op, operands: Sequence[Tensor]) -> bool:
     """Whether a partial sum goes through an annotation: through that of a cotangent, which nobody
     asked for. Where a user annotates one, it is reduced."""
-    spec = op.rule.annotation
-    open_dims = spec.rest_open and all(dim.open for dim in spec.dims)
-    return open_dims and bool(operands[0].layouts[0].partial)
+    return op.rule.annotation.all_open and bool(operands[0].layouts[0].partial)
 
 
 def _whole(value: Value) -> Layout:

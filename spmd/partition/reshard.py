@@ -21,14 +21,14 @@ Dims = tuple[tuple[str, ...], ...]
 
 
 # Steps in which no device sends anything.
-LOCAL = frozenset(("addend", "slice"))
+LOCAL = frozenset(("addend", "spread", "slice"))
 
 
 class Step(NamedTuple):
     """One collective, or a local slice.
 
     Attributes:
-      kind: addend, slice, all_gather, all_to_all, reduce_scatter, all_reduce, permute.
+      kind: addend, spread, slice, all_gather, all_to_all, reduce_scatter, all_reduce, permute.
       axes: mesh axes it runs over, major to minor.
       dim: dim it acts on (gathered, sliced, scattered; all_to_all: gathered).
       to_dim: all_to_all: the dim that is split.
@@ -123,7 +123,7 @@ def _steps(
     at: Layout, dst: Layout, shape: tuple[int, ...], itemsize: int, mesh: MeshShape
 ) -> Iterator[Step]:
     size = local_bytes(at, shape, itemsize, mesh)
-    yield from _addends(at, dst)
+    yield from _addends(at, dst, shape, mesh)
     yield from _reductions(at, dst, shape, size, mesh)
     yield from _slices(at, dst, shape, mesh)
     yield from _gathers(at, shape, itemsize, mesh)
@@ -154,13 +154,22 @@ def _reductions(
             yield Step("all_reduce", group, -1, -1, monoid, after, wire)
 
 
-def _addends(at: Layout, dst: Layout) -> Iterator[Step]:
-    """A whole value as a sum over axes: one shard has all of it, the others nothing."""
+def _addends(
+    at: Layout, dst: Layout, shape: tuple[int, ...], mesh: MeshShape
+) -> Iterator[Step]:
+    """A whole value as a sum over axes: one shard has all of it, the others nothing. A sharded
+    dim likewise: every shard has its part, and zeros for the others'."""
     missing = tuple(p for p in dst.partial if p not in at.partial)
     axes = tuple(a for a, _ in missing)
     if missing and at.used.isdisjoint(axes):
         after = Layout(at.dims, tuple(sorted((*at.partial, *missing))))
         yield Step("addend", axes, -1, -1, "add", after, 0.0)
+    for d, axes in enumerate(at.dims):
+        even = axes and shape[d] % axes_size(mesh, axes) == 0
+        if even and (axes[-1], "add") in missing:
+            dims = (*at.dims[:d], axes[:-1], *at.dims[d + 1 :])
+            after = Layout(dims, tuple(sorted((*at.partial, (axes[-1], "add")))))
+            yield Step("spread", axes[-1:], d, d, "add", after, 0.0)
 
 
 def _slices(at: Layout, dst: Layout, shape: tuple[int, ...], mesh: MeshShape) -> Iterator[Step]:

@@ -21,10 +21,11 @@ from sharding.program import Op, build
 from sharding.rule import Kind, Rule
 from sharding.spec import Layout
 from spmd.partition.apply import apply, linear_index
-from spmd.partition.choose import Tensor, _legal, makes, needs
+from spmd.partition.choose import _legal, makes, needs
 from spmd.partition.local import LocalView
 from spmd.partition.plan import Assignment, Compute, Key
 from spmd.partition.reshard import plan
+from spmd.partition.tensor import Tensor
 
 MESH = MeshShape((("x", 2), ("y", 4)))
 DRAWS = 10  # assignments per equation

@@ -122,6 +122,27 @@ def test_every_element_arrives(seed: int) -> None:
         np.testing.assert_allclose(block, want, err_msg=f"{src} -> {dst} of {shape} on {mesh}")
 
 
+@pytest.mark.parametrize("dims, partial", [
+    ((("x",), ()), ("x",)),  # each has its part
+    (((), ("y", "x")), ("x",)),
+    ((("x",), ("y",)), ("x", "y")),
+    (((), ("y",)), ("x",)),  # one has it all
+    (((), ()), ("x", "y")),
+])  # fmt: skip
+def test_a_whole_value_becomes_a_sum_without_a_collective(dims: tuple, partial: tuple) -> None:
+    mesh, shape = MeshShape((("x", 2), ("y", 4))), (8, 16)
+    kept = tuple(tuple(a for a in dim if a not in partial) for dim in dims)
+    src, dst = Layout(dims), Layout(kept, tuple((a, "add") for a in partial))
+    found = plan(src, dst, shape, 4, mesh)
+    assert found.bytes == 0 and {s.kind for s in found.steps} <= {"addend", "spread"}
+    x = np.arange(128, dtype=np.float32).reshape(shape)
+    got = run(mesh, src, dst, x).reshape(2, 4, *dst.local_shape(shape, mesh))
+    over = tuple(mesh.names.index(a) for a in partial)
+    blocks = np.asarray(expected(x, _whole(src), Layout(kept), mesh))
+    want = blocks.reshape(got.shape).max(over)
+    np.testing.assert_array_equal(got.sum(over), want)
+
+
 def test_moving_an_axis_to_another_dim_is_one_all_to_all() -> None:
     mesh = MeshShape((("x", 8),))
     found = plan(Layout((("x",), ())), Layout(((), ("x",))), (64, 64), 4, mesh)

@@ -1,0 +1,38 @@
+"""Which operations are linear: what their partial operands can stay partial through."""
+
+from collections.abc import Iterator
+
+from sharding.mesh import MeshShape
+from sharding.program import Op, Program, Value, value_bytes
+from sharding.project import to_dims, to_factors
+from sharding.rule import Kind
+from sharding.spec import Layout
+
+
+def reduces(op: Op) -> bool:
+    """Whether an operation sums over a dim."""
+    factors = op.rule.factors.values()
+    return any(f.kind is Kind.REDUCE and f.monoid == "add" and f.size > 1 for f in factors)
+
+
+def linear_groups(op: Op) -> Iterator[tuple[int, ...]]:
+    """Operands whose sums may be taken after an operation instead of before it: it is linear in
+    them, and its result is no larger."""
+    size = value_bytes(op.outputs[0])
+    for group in op.rule.linear:
+        if all(size <= value_bytes(op.inputs[i]) for i in group):
+            yield group
+
+
+def through(op: Op, operand: int, layout: Layout, mesh: MeshShape) -> Layout:
+    """The layout of an operation's first result, of an operand's."""
+    factors = to_factors(op.rule, operand, layout.dims, mesh)
+    return Layout(to_dims(op.rule, len(op.inputs), factors, mesh), layout.partial)
+
+
+def only_reader(program: Program, value: Value) -> tuple[Op, int] | None:
+    """The one operation that reads a value, and at which operand; none that has regions."""
+    readers = program.readers[value.id]
+    if program.uses[value.id] != 1 or len(readers) != 1:
+        return None
+    return readers[0] if readers[0][0].control is None else None
