@@ -19,6 +19,9 @@ from sharding.mesh import MeshShape, axes_size, axis_size
 from spmd import cost
 
 
+_LARGER = 3  # what is joined may be that many times as large as what is wanted of it
+
+
 class Hop(NamedTuple):
     """One exchange.
 
@@ -125,7 +128,7 @@ def fetch(
         out = jnp.take(out, at, axis=dim, mode="clip")
         return out if inside else _masked(out, dim, size, starts, index, fill)
     parts = [(hop, _received(hop, x, dim, axes, index, mesh)) for hop in exchanged]
-    joined = _joined(parts, dim, width)
+    joined = _joined(parts, dim, width, index)
     if joined is None:
         joined = _placed(parts, dim, width, jnp.full(shape, fill), index)
         return joined if even else _masked(joined, dim, size, starts, index, fill)
@@ -163,23 +166,52 @@ def _numbers(axes: Sequence[str], order: Sequence[str], mesh: MeshShape) -> list
     return [int(i) for i in grid.transpose([order.index(a) for a in axes]).ravel()]
 
 
-def _joined(parts: Sequence[tuple[Hop, Any]], dim: int, width: int) -> Any:
-    """The parts side by side, where they have the same places on every device; else None."""
-    places = []
-    for hop, part in parts:
-        found = {hop.place[receiver] for _, receiver in hop.pairs}
-        if len(found) > 1:
-            return None
-        places.append((found.pop(), hop.length, part))
-    places.sort(key=lambda place: place[0])
-    end = 0
-    for start, length, _ in places:
-        if start != end:
-            return None
-        end += length
-    if end != width:
+def _joined(parts: Sequence[tuple[Hop, Any]], dim: int, width: int, index: Any) -> Any:
+    """The parts side by side, and of these the window that a device wants; None where they do not
+    lie side by side. Outside of what a device receives there is anything."""
+    offsets = _offsets([hop for hop, _ in parts]) if parts else None
+    if offsets is None:
         return None
-    return places[0][2] if len(places) == 1 else lax.concatenate([p for *_, p in places], dim)
+    places, begins = offsets
+    order = sorted(range(len(parts)), key=lambda k: places[k])
+    first, end = places[order[0]], places[order[0]]
+    for k in order:
+        if places[k] != end:
+            return None
+        end += parts[k][0].length
+    if end - first > _LARGER * width:
+        return None
+    joined = [parts[k][1] for k in order]
+    out = joined[0] if len(joined) == 1 else lax.concatenate(joined, dim)
+    begins = [begin - first for begin in begins]
+    low, high = max(0, *(-b for b in begins)), max(0, *(b + width - end + first for b in begins))
+    if low or high:
+        widths = [(low, high, 0) if d == dim else (0, 0, 0) for d in range(out.ndim)]
+        out = lax.pad(out, jnp.zeros((), out.dtype), widths)
+    if low + end - first + high == width:
+        return out
+    return lax.dynamic_slice_in_dim(out, _pick([b + low for b in begins], index), width, dim)
+
+
+def _offsets(exchanged: Sequence[Hop]) -> tuple[list[int], list[int]] | None:
+    """A place for every part, the same on all devices, and for every device the place where what
+    it wants begins; None where there are none."""
+    places: dict[int, int] = {0: 0}
+    begins: dict[int, int] = {}
+    received = [(k, i) for k, hop in enumerate(exchanged) for i in {r for _, r in hop.pairs}]
+    for _ in range(2 * len(exchanged)):
+        for k, i in received:
+            if k in places:
+                begins.setdefault(i, places[k] - exchanged[k].place[i])
+            elif i in begins:
+                places[k] = begins[i] + exchanged[k].place[i]
+    if len(places) < len(exchanged) or any(i not in begins for _, i in received):
+        return None
+    if any(places[k] - exchanged[k].place[i] != begins[i] for k, i in received):
+        return None
+    nothing = min(begins.values())
+    devices = range(len(exchanged[0].place))
+    return [places[k] for k in range(len(exchanged))], [begins.get(i, nothing) for i in devices]
 
 
 def _placed(
