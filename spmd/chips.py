@@ -95,9 +95,16 @@ class Chip:
 _TPU = frozenset(("permute",))
 _OVERLAPS = dict.fromkeys(("v2", "v3", "v4"), _TPU) | {"v5e": _TPU | {"all_gather"}}
 _OFFLOADED = ("all_gather", "all_reduce", "reduce_scatter")
+# Collectives among the devices of one axis of the torus, and of two or three.
 _OFFLOAD = tuple(
-    (f"xla_tpu_enable_sparse_core_collective_offload_{kind}", "true") for kind in _OFFLOADED
-)
+    (f"xla_tpu_enable_sparse_core_{what}", "true") for what in (
+        *(f"collective_offload_{kind}" for kind in _OFFLOADED),
+        *(f"collective_offload_{several}" for several in (
+            "2d_all_gather", "3d_all_gather", "nd_reduce_scatter"
+        )),
+        "offload_queuing_in_lhs",  # the scheduler knows that they take turns
+    )
+)  # fmt: skip
 # NCCL runs on streams of its own.
 _GPU = frozenset(("permute", "all_gather", "all_reduce", "reduce_scatter", "all_to_all"))
 
