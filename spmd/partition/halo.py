@@ -18,7 +18,6 @@ from jax import lax
 from sharding.mesh import MeshShape, axes_size, axis_size
 from spmd import cost
 
-
 _LARGER = 3  # what is joined may be that many times as large as what is wanted of it
 
 

@@ -89,6 +89,19 @@ def test_a_halo_moves_the_halo_and_nothing_else() -> None:
     assert reversal == {"permute": (1, 8 * row)}
 
 
+@pytest.mark.parametrize("block, width", [(14, 16), (16, 14)])
+def test_blocks_of_another_size_are_a_window_of_what_is_joined(block: int, width: int) -> None:
+    """Nothing is filled with zeros, and written over, first."""
+    size = 4 * min(block, width)
+    starts = [i * width for i in range(4)]
+    padded_size = 4 * block
+    jaxpr = jax.make_jaxpr(program(("y",), 0, size, starts, width, 0))(jnp.zeros((padded_size, 2)))
+    assert "dynamic_update_slice" not in str(jaxpr) and "dynamic_slice" in str(jaxpr)
+    (exchange,) = count(jaxpr.jaxpr, dict(MESH.shape))
+    assert (exchange.kind, exchange.count, exchange.bytes) == ("permute", 1, 6 * 2 * 4)
+    check(("y",), 0, size, starts, width)
+
+
 def test_everyone_wants_everything() -> None:
     found = collectives(("y",), 32, [0] * 4, 32)
     assert found == {"all_gather": (1, 24 * 100_000 * 4)}

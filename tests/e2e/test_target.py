@@ -87,3 +87,23 @@ def read_twice(x: Any, w: Any) -> Any:
 @pytest.mark.parametrize("fun", [lambda x, w: x @ w + 1, lambda x, w: x.T, read_twice])
 def test_other_values_are_not_kept(fun: Any) -> None:
     assert barriers(fun, X, W, mesh=make_mesh(x=2)) == 0
+
+
+@pytest.mark.parametrize("options, off, split", [
+    ((), (), True),
+    (((UNKNOWN, "true"),), (), False),  # SparseCores scatter among all devices as they are told
+    (((UNKNOWN, "true"),), ("async_collectives",), True),
+    ((), ("split_scatters",), False),
+])  # fmt: skip
+def test_scatters_are_split_for_compilers_that_do_not_keep_them(
+    options: Any, off: tuple[str, ...], split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chip = dataclasses.replace(CHIPS["cpu"], family="tpu", options=options)
+    monkeypatch.setitem(CHIPS, "cpu", chip)
+    specs = {"in_shardings": (P(None, "x"), P("x")), "out_shardings": P("x")}
+    traced = spmd.jit(jnp.matmul, mesh=make_mesh(x=8), disable_passes=off, **specs).trace(
+        np.ones((16, 16), np.float32), np.ones((16, 64), np.float32)
+    )
+    moves = [move for move, _ in traced.propagate().partition().plan.moves()]
+    (scatter,) = (s for move in moves for s in move.plan.steps if s.kind == "reduce_scatter")
+    assert bool(scatter.parts) is split
