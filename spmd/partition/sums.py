@@ -194,9 +194,18 @@ def _edges(planner: Any, group: _Group) -> Iterator[Edge]:
         yield (i, "made"), (i, "read"), reduction
         linear = 0
         for op, operand in planner.propagated.program.readers[i]:
-            into = op.outputs[0].id if len(op.outputs) == 1 else -1
-            if into in group and group[into].ways is None and operand in _group(op, operand):
-                yield (i, "read"), (into, "made"), math.inf
+            if _reads_partial(op, operand, group):
+                yield (i, "read"), (op.outputs[0].id, "made"), math.inf
                 linear += 1
         if linear < planner.uses[i]:
             yield (i, "read"), _SINK, math.inf
+
+
+def _reads_partial(op: Op, operand: int, group: _Group) -> bool:
+    """Whether an operation may read a value of the group as it is; a product of two of them is
+    linear in neither."""
+    into = group.get(op.outputs[0].id) if len(op.outputs) == 1 else None
+    together = _group(op, operand)
+    others = (v.id for i, v in enumerate(op.inputs) if i not in together)
+    linear = into is not None and into.ways is None and bool(together)
+    return linear and group.keys().isdisjoint(others)

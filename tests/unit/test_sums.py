@@ -111,6 +111,20 @@ def test_a_reader_that_needs_a_sum_whole_spares_the_others_theirs() -> None:
     assert sent(fun, args, (COLUMNS, ROWS, P())) == [("all_reduce", 16 * 64)]
 
 
+def test_a_product_of_sums_is_linear_in_neither() -> None:
+    args = arrays((16, 64), (16, 64))
+
+    def square(a: Any, b: Any) -> Any:
+        s = a.sum(0)
+        return (s * s).sum()
+
+    def product(a: Any, b: Any) -> Any:
+        return jnp.sin(a.sum(0) * b.sum(0))
+
+    assert sent(square, args, (ROWS, ROWS)) == [("all_reduce", 64)]
+    assert sent(product, args, (ROWS, ROWS)) == [("all_reduce", 128)]
+
+
 def test_sums_widen_before_their_reduction_where_that_is_smaller() -> None:
     def fun(x: Any, w: Any) -> Any:
         return jnp.sin((x @ w).astype(jnp.float32).sum(1))
