@@ -151,13 +151,36 @@ def test_nothing_is_reduced_after_it_was_enlarged() -> None:
 
 
 def test_work_that_an_axis_shares_is_not_repeated_for_a_sum() -> None:
-    """The second product is sharded over the axis: what enters it is scattered first."""
+    """The second product is sharded over the axis: what enters it is reduced first, though the
+    product is smaller."""
 
-    def fun(x: Any, w: Any, u: Any) -> Any:
-        return shard(shard(x @ w, "tensor", None) @ u, "tensor", None)
+    def rows(x: Any, w: Any, u: Any) -> Any:
+        return shard(jnp.sin(x @ w @ u), "tensor", None)
 
-    args = arrays((16, 32), (32, 64), (64, 4))
-    assert sent(fun, args, (COLUMNS, ROWS, P()), ROWS) == [("reduce_scatter", 16 * 64)]
+    def columns(x: Any, w: Any, u: Any) -> Any:
+        return jnp.sin(x @ w @ u)
+
+    args = arrays((16, 32), (32, 64), (64, 32))
+    assert sent(rows, args, (COLUMNS, ROWS, P()), ROWS) == [("reduce_scatter", 16 * 64)]
+    assert sent(columns, args, (COLUMNS, ROWS, COLUMNS), COLUMNS) == [("all_reduce", 16 * 64)]
+
+
+def test_what_a_sum_is_multiplied_with_is_not_gathered() -> None:
+    def fun(x: Any, w: Any, mask: Any) -> Any:
+        return jnp.sin(((x @ w) * mask).sum(1))
+
+    args = arrays((16, 32), (32, 64), (16, 64))
+    assert sent(fun, args, (COLUMNS, ROWS, ROWS), ROWS) == [("reduce_scatter", 16 * 64)]
+
+
+def test_addends_that_cannot_be_spread_stay_where_they_are() -> None:
+    def fun(a: Any, b: Any, c: Any) -> Any:
+        return jnp.sin(a.sum(0) + shard(jnp.cos(c), "tensor") + b.sum(0))
+
+    args = arrays((16, 62), (16, 62), (62,))
+    assert dict(sent(fun, args, (ROWS, ROWS, P())))["reduce_scatter"] == 2 * 64
+    args = arrays((16, 64), (16, 64), (64,))
+    assert sent(fun, args, (ROWS, ROWS, P())) == [("all_reduce", 64)]
 
 
 def test_decisions_cost_what_the_best_of_all_do(monkeypatch: pytest.MonkeyPatch) -> None:
