@@ -49,7 +49,8 @@ def _region(region: RegionPlan, found: list[str]) -> None:
         layouts = at_hand.setdefault(value.id, [instruction.src])
         if instruction.dst in layouts:
             found.append(f"{what} is there already")
-        usable = [a for a in layouts if set(instruction.dst.partial) <= set(a.partial)]
+        partial = set(instruction.dst.partial)  # a whole value can become a sum, and nothing else
+        usable = [a for a in layouts if all(m == "add" for _, m in partial - set(a.partial))]
         best = min(
             cheapest_plan(a, instruction.dst, value.shape, itemsize, region.mesh).cost
             for a in usable
