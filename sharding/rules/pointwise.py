@@ -104,9 +104,7 @@ def _convert(op: OpInfo) -> Rule:
     """Linear where it widens a float. (Rounding partial sums to a narrower one would lose what the
     user's dtype promised.)"""
     src, dst = (a.dtype for a in (op.in_avals[0], op.out_avals[0]))
-    floats = all(jnp.issubdtype(dtype, jnp.floating) for dtype in (src, dst))
-    widens = floats and jnp.promote_types(src, dst) == dst
-    return pointwise_rule(*_shapes(op), linear=((0,),) if widens else ())
+    return pointwise_rule(*_shapes(op), linear=((0,),) if _widens(src, dst) else ())
 
 
 @register(p.bitcast_convert_type_p)
@@ -121,6 +119,15 @@ def _bitcast(op: OpInfo) -> Rule:
     factors[dims[-1]] = Factor(longer[-1], Kind.FIXED)
     sides = [tuple((d,) for d in dims[: len(s)]) for s in (src, dst)]
     return Rule((sides[0],), (sides[1],), factors, early=True)
+
+
+def _widens(src: Any, dst: Any) -> bool:
+    """Whether every float of one type is one of the other."""
+    if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in (src, dst)):
+        return False
+    few, many = jnp.finfo(src), jnp.finfo(dst)
+    wider = few.maxexp <= many.maxexp and few.minexp >= many.minexp
+    return wider and few.nmant <= many.nmant
 
 
 def _inexact(aval: Any) -> bool:

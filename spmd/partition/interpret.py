@@ -32,6 +32,7 @@ def _region(region: RegionPlan, args: Sequence[Any]) -> list[Any]:
 
     def read(key: Key) -> Any:
         if key.value.const is not None and (key.value.id, key.layout) not in env:
+            assert not key.layout.partial, "every device would add the whole of it"
             return constant(key.value)
         return env[key.value.id, key.layout]
 

@@ -280,7 +280,7 @@ class _Scope:
 
     def read(self, value: Value, need: Layout, op: Op | None) -> Key:
         """The value in a layout; emits the move when it is not at hand."""
-        if value.const is not None and value.rank == 0:
+        if value.const is not None and value.rank == 0 and not need.partial:
             return Key(value, need)
         layouts = self.layouts(value)
         if need in layouts:
