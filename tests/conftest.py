@@ -16,6 +16,7 @@ os.environ.setdefault("SPMD_VERIFY", "1")
 from spmd import stages  # noqa: E402
 from spmd.partition import verify  # noqa: E402
 from spmd.simulate import simulate  # noqa: E402
+from tests import fast_compile  # noqa: E402
 
 # Where the package is installed, its pytest plugin has imported them before the line above.
 stages.ENABLED = verify.ENABLED = os.environ["SPMD_VERIFY"] not in ("", "0")
@@ -36,6 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Fixes the devices before any test module can start JAX's backend."""
     if not config.getoption("--accelerator"):
         os.environ["JAX_PLATFORMS"] = "cpu"
+        fast_compile.use()
     simulate(NUM_DEVICES)
 
 

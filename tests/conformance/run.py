@@ -16,14 +16,7 @@ from tests.conformance import evidence
 from tests.conformance.cases import Case, cases, make_mesh, partitioned
 from tests.conformance.compare import mismatch, order_ties
 from tests.conformance.harnesses import Harness, key_data
-
-# Results are what counts, not how fast they are computed: compiling takes most of the time.
-_FAST_COMPILE = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
+from tests.fast_compile import OPTIONS
 
 # What may become of a case. `refused`: an error that says why and what to do. `unsharded`: the
 # program itself fails.
@@ -36,7 +29,7 @@ Record = dict[str, Any]
 @cache
 def fast_compile() -> dict[str, Any]:
     """Of the options that make compiling fast, those that this version of XLA knows."""
-    return {k: v for k, v in _FAST_COMPILE.items() if _is_known({k: v})}
+    return {k: v for k, v in OPTIONS.items() if _is_known({k: v})}
 
 
 def _is_known(options: dict[str, Any]) -> bool:

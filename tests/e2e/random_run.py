@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tests import fast_compile
+
 CHUNK = 100  # programs per process: compiled programs are never freed
 TIMEOUT = 3600.0
 
@@ -110,6 +112,7 @@ def main() -> int:
     if args.worker:
         work(*args.worker)
         return 0
+    fast_compile.use()  # the workers inherit it
     failed = run_all(args.first, args.last, args.jobs)
     print(f"{args.last - args.first} programs, {failed} failed")
     return 1 if failed else 0
