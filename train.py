@@ -5,6 +5,7 @@ Without arguments: eight simulated devices, and the text of Python's own standar
     python train.py
     python train.py --parallelism tensor_sequence --mesh data=2,tensor=4 --num-kv-heads 4
     python train.py --config run.toml --checkpoint-dir runs/a --resume must
+    srun python train.py --checkpoint-dir runs/a          # see spmd/runtime/README.md
     python train.py --aot v5p:4x4x4 --mesh fsdp=16,tensor=4 --num-kv-heads 4 --batch 64
 """
 
@@ -23,16 +24,18 @@ from sharding.errors import MeshError, Problem, SpmdError
 from spmd.ahead.compile import aot_partitioned
 from spmd.ahead.libtpu import described_mesh
 from spmd.hardware import Machine
-from spmd.simulate import simulate
+from spmd.runtime import end, processes
+from training import hosts
 from training.checkpoint import Checkpoints, identity
 from training.cli import parse
 from training.config import RunConfig
 from training.data import Corpus, load_corpus, unigram_entropy
-from training.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from training.errors import CheckpointError, ConfigError, Interrupted
 from training.loop import Loop
 from training.program import Plan, make_mesh, plan
 from training.report import print_config, print_plan
 from training.sample import sample
+from training.signals import StopRequest
 from training.throughput import flops_per_token
 from training.validate import resolve_mesh, validate
 
@@ -42,9 +45,14 @@ def main(argv: list[str]) -> int:
     # A file or a pipe has no width of its own, and tables would be folded to 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 120)
     errors = Console(stderr=True, soft_wrap=True)
-    checkpoints = None
+    checkpoints, code = None, 0
+
+    def show(text: str) -> None:
+        errors.print(text, markup=False, highlight=False, style="red")
+
     try:
         run, mesh_sizes = configure(argv)
+        console.quiet = not processes.is_primary()
         if run.mesh.aot:
             return compile_ahead(console, run, mesh_sizes)
         corpus = load_corpus(run.data)
@@ -53,24 +61,29 @@ def main(argv: list[str]) -> int:
         resumed = find_step(run, corpus, checkpoints)
         planned = plan(run, make_mesh(mesh_sizes))
         print_plan(console, planned)
+        hosts.agree_on_plan(planned, corpus, resumed)
         checkpoints.open()
         train(console, planned, corpus, checkpoints, resumed)
     except SpmdError as error:
-        errors.print(f"error: {error}", markup=False, highlight=False, style="red")
-        return error.exit_code if isinstance(error, TrainingError) else 1
+        code = getattr(error, "exit_code", 1)
+        end.fail(code, f"error: {error}", show)
     except Interrupted as error:
-        again = resume_command(argv, checkpoints)
-        errors.print(
-            f"interrupted and saved; go on with:\n  {again}", markup=False, highlight=False
-        )
-        return error.exit_code
+        code, again = error.exit_code, resume_command(argv, checkpoints)
+        if processes.is_primary():
+            errors.print(
+                f"interrupted and saved; go on with:\n  {again}", markup=False, highlight=False
+            )
     except KeyboardInterrupt:
-        errors.print("interrupted; there was nothing to save")
-        return 130
+        code = 130
+        end.fail(code, "interrupted; there was nothing to save", show)
+    except Exception as error:
+        end.uncaught(error)
+        raise
     finally:
         if checkpoints is not None:
             checkpoints.close()
-    return 0
+    end.finish()
+    return code
 
 
 def configure(argv: list[str]) -> tuple[RunConfig, dict[str, int]]:
@@ -80,7 +93,7 @@ def configure(argv: list[str]) -> tuple[RunConfig, dict[str, int]]:
       ConfigError: all that is wrong with the options.
     """
     run, problems = parse(argv)
-    simulate(max(run.mesh.devices, 1))
+    problems += hosts.join(run, problems)
     devices = jax.device_count()
     if run.mesh.aot:
         try:
@@ -97,7 +110,9 @@ def configure(argv: list[str]) -> tuple[RunConfig, dict[str, int]]:
         on_cpu = not run.mesh.aot and jax.default_backend() == "cpu"
         model = dataclasses.replace(model, dtype="float32" if on_cpu else "bfloat16")
     if not checkpoint.checkpoint_dir:
-        folder = time.strftime("runs/%Y%m%d-%H%M%S")
+        folder = processes.broadcast(
+            "the folder of the run", time.strftime("runs/%Y%m%d-%H%M%S"), hosts.AGREE_S
+        )
         checkpoint = dataclasses.replace(checkpoint, checkpoint_dir=folder)
     shown = ",".join(f"{name}={size}" for name, size in sizes.items())
     mesh = dataclasses.replace(run.mesh, mesh=shown, devices=devices)
@@ -148,23 +163,24 @@ def train(
     console: Console, planned: Plan, corpus: Corpus, checkpoints: Checkpoints, resumed: int | None
 ) -> None:
     """Compiles, trains to the last step, validates and samples."""
-    started = time.perf_counter()
-    with console.status("compiling"):
-        step, evaluate = planned.compile_step(), planned.compile_evaluate()
-        if resumed is None:
-            state = planned.init()
-        else:
-            state = checkpoints.restore(resumed, planned.abstract_state())
-    took = time.perf_counter() - started
-    origin = "a new run" if resumed is None else f"step {resumed}"
-    console.print(
-        f"compiled in {took:.1f} s; from {origin}; checkpoints in {checkpoints.folder}",
-        highlight=False,
-    )
-    record = identity(planned.run, corpus)
-    loop = Loop(planned, corpus, step, evaluate, checkpoints, record, console)
-    state = loop.run(state)
-    loss = loop.validate(int(state.step), state)
+    with StopRequest() as stop:
+        started = time.perf_counter()
+        with console.status("compiling"):
+            step, evaluate = planned.compile_step(), planned.compile_evaluate()
+            if resumed is None:
+                state = planned.init()
+            else:
+                state = checkpoints.restore(resumed, planned.abstract_state())
+        took = time.perf_counter() - started
+        origin = "a new run" if resumed is None else f"step {resumed}"
+        console.print(
+            f"compiled in {took:.1f} s; from {origin}; checkpoints in {checkpoints.folder}",
+            highlight=False,
+        )
+        record = identity(planned.run, corpus)
+        loop = Loop(planned, corpus, step, evaluate, checkpoints, record, console, stop)
+        state = loop.run(state)
+        loss = loop.validate(int(state.step), state)
     entropy = unigram_entropy(corpus.validation)
     console.print(
         f"unigram entropy of the validation bytes {entropy:.4f} nats;"

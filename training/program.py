@@ -72,8 +72,14 @@ class Plan:
         )
 
     def put(self, batch: np.ndarray) -> jax.Array:
-        """A batch on the devices that read it."""
-        return jax.device_put(batch, self.batch_sharding)
+        """A batch on the devices that read it.
+
+        Args:
+          batch: the whole of it, in every process; each puts its part on its own devices.
+        """
+        return jax.make_array_from_callback(
+            batch.shape, self.batch_sharding, lambda index: batch[index]
+        )
 
     def jit(self, function: Callable, **options: Any) -> Any:
         """`spmd.jit` with this plan's mesh and rules."""

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax._src import distributed
+from jax._src import clusters, distributed
 
-__all__ = ["Service", "ServiceError", "service"]
+__all__ = ["Service", "ServiceError", "engines", "service"]
 
 # What a call raises when its time is over, or the service is gone.
 ServiceError = jax.errors.JaxRuntimeError
@@ -79,3 +79,9 @@ def service() -> Service | None:
 
 def _ms(seconds: float) -> int:
     return max(int(seconds * 1000), 1)
+
+
+def engines() -> dict[str, Any]:
+    """The launchers and schedulers that JAX knows, by name, in the order in which it asks them."""
+    found = clusters.ClusterEnv._cluster_types
+    return {engine.name: engine for engine in found if engine.name != "tpu"}  # "tpu" is abstract

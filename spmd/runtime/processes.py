@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from sharding._jax import distributed
 from sharding._jax.distributed import Service, ServiceError
 from sharding.errors import Problem, SpmdError
 
-__all__ = ["AgreementError", "BarrierError", "agree", "barrier", "broadcast", "count"]
-__all__ += ["index", "is_primary"]
+__all__ = ["AgreementError", "BarrierError", "agree", "barrier", "broadcast", "count", "gather"]
+__all__ += ["index", "is_primary", "named"]
 
 _ROOT = "spmd"
 _ABSENT = "(nothing)"
@@ -80,17 +80,30 @@ def agree(name: str, values: Mapping[str, str], timeout_s: float) -> None:
       AgreementError: they differ; it names each key with the processes that have each value.
       BarrierError: not all came in time.
     """
+    given = [json.loads(text) for text in gather(name, json.dumps(dict(values)), timeout_s)]
+    if problems := _differences(name, given):
+        raise AgreementError(*problems)
+
+
+def gather(name: str, value: str, timeout_s: float) -> list[str]:
+    """The value of each process, by its number, in all processes.
+
+    Args:
+      timeout_s: seconds.
+
+    Raises:
+      BarrierError: not all came in time.
+    """
     if not (found := _several()):
-        return
-    folder = _folder(found, "agree", name)
-    _meet(found, folder, name, json.dumps(dict(values)), timeout_s)
-    given = {int(process): json.loads(text) for process, text in found.entries(folder).items()}
-    # Who reads what was written before it leaves may delete it after the second meeting only.
+        return [value]
+    folder = _folder(found, "gather", name)
+    _meet(found, folder, name, value, timeout_s)
+    given = found.entries(folder)
+    # Others may still read: what was written is deleted when all have met once more.
     _meet(found, f"{folder}-read", name, "", timeout_s)
     found.delete(f"{folder}/{found.process}")
     found.delete(f"{folder}-read/{found.process}")
-    if problems := _differences(name, given):
-        raise AgreementError(*problems)
+    return [given[str(process)] for process in range(found.processes)]
 
 
 def broadcast(name: str, value: str | None, timeout_s: float) -> str:
@@ -157,7 +170,7 @@ def _late(service: Service, folder: str) -> list[int]:
 
 def _missing(name: str, late: list[int], waited: float, error: Exception) -> Problem:
     reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-    why = f"{_processes(late)} did not come" if late else f"the coordinator says: {reason}"
+    why = f"{named(late)} did not come" if late else f"the coordinator says: {reason}"
     return Problem(
         f"waited {waited:.1f} s for all processes ({name})",
         why,
@@ -166,21 +179,21 @@ def _missing(name: str, late: list[int], waited: float, error: Exception) -> Pro
     )
 
 
-def _differences(name: str, given: Mapping[int, Mapping[str, str]]) -> list[Problem]:
+def _differences(name: str, given: Sequence[Mapping[str, str]]) -> list[Problem]:
     problems = []
-    for key in dict.fromkeys(key for values in given.values() for key in values):
+    for key in dict.fromkeys(key for values in given for key in values):
         by_value: dict[str, list[int]] = {}
-        for process, values in sorted(given.items()):
+        for process, values in enumerate(given):
             by_value.setdefault(values.get(key, _ABSENT), []).append(process)
         if len(by_value) > 1:
-            said = "; ".join(f"{_cut(v)} in {_processes(who)}" for v, who in by_value.items())
+            said = "; ".join(f"{_cut(v)} in {named(who)}" for v, who in by_value.items())
             why = f"{said}: they would run different programs, and wait for each other"
             fix = "start all processes with the same command, files and packages"
             problems.append(Problem(f"{key} differs between processes ({name})", why, fix))
     return problems
 
 
-def _processes(numbers: Iterable[int]) -> str:
+def named(numbers: Iterable[int]) -> str:
     """`process 3`, `processes 1, 2, 3`, `processes 0, 1 and 62 more`."""
     numbers = list(numbers)
     shown = ", ".join(map(str, numbers[:8]))
