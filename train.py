@@ -21,10 +21,13 @@ import jax
 from rich.console import Console
 
 from sharding.errors import MeshError, Problem, SpmdError
+from sharding.mesh import MeshShape
 from spmd.ahead.compile import aot_partitioned
 from spmd.ahead.libtpu import described_mesh
 from spmd.hardware import Machine
 from spmd.runtime import end, processes
+from spmd.runtime.hybrid import count_nodes, make_mesh
+from spmd.simulate import accelerators
 from training import hosts
 from training.checkpoint import Checkpoints, identity
 from training.cli import parse
@@ -32,7 +35,8 @@ from training.config import RunConfig
 from training.data import Corpus, load_corpus, unigram_entropy
 from training.errors import CheckpointError, ConfigError, Interrupted
 from training.loop import Loop
-from training.program import Plan, make_mesh, plan
+from training.mesh_text import mesh_text, read_across
+from training.program import Plan, plan
 from training.report import print_config, print_plan
 from training.sample import sample
 from training.signals import StopRequest
@@ -59,7 +63,8 @@ def main(argv: list[str]) -> int:
         print_config(console, run, corpus)
         checkpoints = Checkpoints(Path(run.checkpoint.checkpoint_dir), run.checkpoint.keep)
         resumed = find_step(run, corpus, checkpoints)
-        planned = plan(run, make_mesh(mesh_sizes))
+        across = read_across(run.mesh.mesh, mesh_sizes)
+        planned = plan(run, make_mesh(mesh_sizes, across))
         print_plan(console, planned)
         hosts.agree_on_plan(planned, corpus, resumed)
         checkpoints.open()
@@ -94,13 +99,14 @@ def configure(argv: list[str]) -> tuple[RunConfig, dict[str, int]]:
     """
     run, problems = parse(argv)
     problems += hosts.join(run, problems)
-    devices = jax.device_count()
+    devices, nodes = jax.device_count(), count_nodes() if accelerators() else None
     if run.mesh.aot:
         try:
-            devices = Machine.parse(run.mesh.aot).devices
+            machine = Machine.parse(run.mesh.aot)
+            devices, nodes = machine.devices, machine.slices
         except MeshError as error:
             problems += error.problems
-    problems += validate(run, devices)
+    problems += validate(run, devices, nodes, processes.count())
     if problems:
         raise ConfigError(*problems)
     sizes = resolve_mesh(run, devices)
@@ -114,7 +120,7 @@ def configure(argv: list[str]) -> tuple[RunConfig, dict[str, int]]:
             "the folder of the run", time.strftime("runs/%Y%m%d-%H%M%S"), hosts.AGREE_S
         )
         checkpoint = dataclasses.replace(checkpoint, checkpoint_dir=folder)
-    shown = ",".join(f"{name}={size}" for name, size in sizes.items())
+    shown = mesh_text(sizes, read_across(run.mesh.mesh, sizes))
     mesh = dataclasses.replace(run.mesh, mesh=shown, devices=devices)
     return dataclasses.replace(run, mesh=mesh, model=model, checkpoint=checkpoint), sizes
 
@@ -125,7 +131,9 @@ def compile_ahead(console: Console, run: RunConfig, mesh_sizes: dict[str, int]) 
     Returns:
       0, or 1 when the step does not fit into the memory of a device.
     """
-    mesh, layout = described_mesh(Machine.parse(run.mesh.aot), mesh_sizes)
+    across = tuple(read_across(run.mesh.mesh, mesh_sizes).items())
+    shape = MeshShape(tuple(mesh_sizes.items()), across=across)
+    mesh, layout = described_mesh(Machine.parse(run.mesh.aot), shape)
     with console.status("planning"):
         planned = plan(run, mesh)
     print_config(console, run)

@@ -36,7 +36,11 @@ class MeshConfig:
     devices: int = option(
         8, "CPU devices to simulate where there is no accelerator, over all processes together"
     )
-    mesh: str = option("", "axis sizes, e.g. data=2,tensor=4; one may be -1; default: to fit")
+    mesh: str = option(
+        "",
+        "axis sizes, e.g. data=2,tensor=4; one may be -1; data=2@dcn,fsdp=4 puts data between"
+        " slices or nodes; default: to fit",
+    )
     parallelism: str = option(
         "fsdp+tensor", "tables of models/shardings.py, joined by +, e.g. fsdp+tensor_sequence"
     )

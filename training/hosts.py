@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import platform
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from spmd.simulate import accelerators, simulate
 from training.config import ProcessConfig, RunConfig
 from training.data import Corpus
 from training.errors import ConfigError
+from training.mesh_text import read_across, read_mesh
 from training.program import Plan
 
 __all__ = ["agree_on_plan", "join"]
@@ -61,7 +63,9 @@ def join(run: RunConfig, problems: list[Problem]) -> list[Problem]:
         cluster, wrong = None, list(error.problems)
     count = cluster.processes if cluster else 1
     devices = max(run.mesh.devices, 1)
-    simulate(max(devices // count, 1))
+    mesh, _ = read_mesh(run.mesh.mesh, devices)
+    nodes = prod(size for size in read_across(run.mesh.mesh, mesh).values() if size > 1)
+    simulate(max(devices // count, 1), nodes)
     if cluster is None:
         return wrong
     start(cluster, limits)
@@ -72,7 +76,8 @@ def join(run: RunConfig, problems: list[Problem]) -> list[Problem]:
         problems = [*problems, Problem(f"--devices {devices}", why, fix)]
     if problems:
         raise ConfigError(*problems)
-    processes.agree("start", {**_options(run), **_versions()}, AGREE_S)
+    count_too = {"the number of processes": str(count)}
+    processes.agree("start", {**count_too, **_options(run), **_versions()}, AGREE_S)
     return []
 
 
