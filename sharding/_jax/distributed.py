@@ -83,5 +83,10 @@ def _ms(seconds: float) -> int:
 
 def engines() -> dict[str, Any]:
     """The launchers and schedulers that JAX knows, by name, in the order in which it asks them."""
-    found = clusters.ClusterEnv._cluster_types
-    return {engine.name: engine for engine in found if engine.name != "tpu"}  # "tpu" is abstract
+    found = {}
+    for engine in clusters.ClusterEnv._cluster_types:
+        # That of Kubernetes has no name; "tpu" is what those of TPUs have in common.
+        name = engine.name or engine.__name__.removesuffix("Cluster").lower()
+        if name != "tpu":
+            found[name] = engine
+    return found

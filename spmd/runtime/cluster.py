@@ -88,18 +88,19 @@ def find_cluster(asked: Asked, timeout_s: float) -> Cluster | None:
     if asked.cluster == "none":
         return None
     coordinator = asked.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
-    engine = None if _complete(asked) and coordinator else _engine(asked.cluster)
-    if engine is None:
+    name = "" if _complete(asked) and coordinator else _recognised(asked.cluster)
+    if not name:
         if problem := _not_recognised(asked, coordinator):
             raise ClusterError(problem)
         if not _complete(asked) or asked.num_processes == 1:
             return None
         bind = _bind(asked, coordinator, local=False)
         return Cluster("flags", coordinator, bind, asked.num_processes, asked.process_id)
-    return _from_engine(asked, coordinator, engine, timeout_s)
+    return _from_engine(asked, coordinator, name, timeout_s)
 
 
-def _from_engine(asked: Asked, coordinator: str, engine: Any, timeout_s: float) -> Cluster | None:
+def _from_engine(asked: Asked, coordinator: str, name: str, timeout_s: float) -> Cluster | None:
+    engine = distributed.engines()[name]
     try:
         processes = asked.num_processes or engine.get_process_count()
         if processes == 1:
@@ -113,7 +114,7 @@ def _from_engine(asked: Asked, coordinator: str, engine: Any, timeout_s: float) 
             )
         local_process = engine.get_local_process_id()
     except (KeyError, ValueError, RuntimeError, OSError) as error:
-        what = f"processes started by {engine.name}"
+        what = f"processes started by {name}"
         why = f"JAX cannot tell where they meet: {type(error).__name__}: {error}"
         raise ClusterError(Problem(what, why, _BY_HAND)) from error
     together = _on_this_node(os.environ)
@@ -121,8 +122,8 @@ def _from_engine(asked: Asked, coordinator: str, engine: Any, timeout_s: float) 
     if local and found:
         coordinator = f"{_LOOPBACK}:{coordinator.rpartition(':')[2]}"
     bind = _bind(asked, coordinator, local) if process == 0 else coordinator
-    devices = _local_devices(engine.name, local_process, together, os.environ)
-    return Cluster(engine.name, coordinator, bind, processes, process, devices)
+    devices = _local_devices(name, local_process, together, os.environ)
+    return Cluster(name, coordinator, bind, processes, process, devices)
 
 
 def _complete(asked: Asked) -> bool:
@@ -170,24 +171,25 @@ def _literal(host: str) -> Any:
         return None
 
 
-def _engine(name: str) -> Any:
-    """JAX's cluster environment of that name, or the first that is there; None for none."""
-    for engine in distributed.engines().values():
-        if name == "auto" and (engine.opt_in_only_method or _is_elsewhere(engine.name)):
+def _recognised(asked: str) -> str:
+    """The name of JAX's cluster environment that was asked for, or of the first that is there; ""
+    for none."""
+    for name, engine in distributed.engines().items():
+        if asked == "auto" and (engine.opt_in_only_method or _is_elsewhere(name)):
             continue
-        if name not in ("auto", engine.name):
+        if asked not in ("auto", name):
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `_not_recognised` tells what it means for a run
             try:
                 there = engine.is_env_present()
             except Exception as error:  # it asks servers, through packages that raise their own
-                what = f"cluster environment {engine.name}"
+                what = f"cluster environment {name}"
                 why = f"it is here and does not answer: {type(error).__name__}: {error}"
                 raise ClusterError(Problem(what, why, f"{_BY_HAND}; {_ALONE}")) from error
         if there:
-            return engine
-    return None
+            return name
+    return ""
 
 
 def _is_elsewhere(name: str) -> bool:
