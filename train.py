@@ -15,6 +15,7 @@ import dataclasses
 import shlex
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -49,11 +50,9 @@ def main(argv: list[str]) -> int:
     # A file or a pipe has no width of its own, and tables would be folded to 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 120)
     errors = Console(stderr=True, soft_wrap=True)
+    show = partial(errors.print, markup=False, highlight=False)
+    fail = partial(end.fail, show=partial(show, style="red"))
     checkpoints, code = None, 0
-
-    def show(text: str) -> None:
-        errors.print(text, markup=False, highlight=False, style="red")
-
     try:
         run, mesh_sizes = configure(argv)
         console.quiet = not processes.is_primary()
@@ -71,16 +70,14 @@ def main(argv: list[str]) -> int:
         train(console, planned, corpus, checkpoints, resumed)
     except SpmdError as error:
         code = getattr(error, "exit_code", 1)
-        end.fail(code, f"error: {error}", show)
+        fail(code, f"error: {error}")
     except Interrupted as error:
         code, again = error.exit_code, resume_command(argv, checkpoints)
         if processes.is_primary():
-            errors.print(
-                f"interrupted and saved; go on with:\n  {again}", markup=False, highlight=False
-            )
+            show(f"interrupted and saved; go on with:\n  {again}")
     except KeyboardInterrupt:
         code = 130
-        end.fail(code, "interrupted; there was nothing to save", show)
+        fail(code, "interrupted; there was nothing to save")
     except Exception as error:
         end.uncaught(error)
         raise
