@@ -1,5 +1,7 @@
-"""Two processes with four devices each: a training step, and a run that refuses to start; more is in
-`tests/multihost`."""
+"""Two processes with four devices each: a training step, and a run that refuses to start.
+
+More is in `tests/multihost`.
+"""
 
 from pathlib import Path
 
