@@ -5,6 +5,7 @@ Without arguments: eight simulated devices, and the text of Python's own standar
     python train.py
     python train.py --parallelism tensor_sequence --mesh data=2,tensor=4 --num-kv-heads 4
     python train.py --config run.toml --checkpoint-dir runs/a --resume must
+    srun python train.py --checkpoint-dir runs/a          # see spmd/runtime/README.md
     python train.py --aot v5p:4x4x4 --mesh fsdp=16,tensor=4 --num-kv-heads 4 --batch 64
 """
 
@@ -14,25 +15,32 @@ import dataclasses
 import shlex
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
 from rich.console import Console
 
 from sharding.errors import MeshError, Problem, SpmdError
+from sharding.mesh import MeshShape
 from spmd.ahead.compile import aot_partitioned
 from spmd.ahead.libtpu import described_mesh
 from spmd.hardware import Machine
-from spmd.simulate import simulate
+from spmd.runtime import end, processes
+from spmd.runtime.hybrid import count_nodes, make_mesh
+from spmd.simulate import accelerators
+from training import hosts
 from training.checkpoint import Checkpoints, identity
 from training.cli import parse
 from training.config import RunConfig
 from training.data import Corpus, load_corpus, unigram_entropy
-from training.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from training.errors import CheckpointError, ConfigError, Interrupted
 from training.loop import Loop
-from training.program import Plan, make_mesh, plan
+from training.mesh_text import mesh_text, read_across
+from training.program import Plan, plan
 from training.report import print_config, print_plan
 from training.sample import sample
+from training.signals import StopRequest
 from training.throughput import flops_per_token
 from training.validate import resolve_mesh, validate
 
@@ -42,35 +50,42 @@ def main(argv: list[str]) -> int:
     # A file or a pipe has no width of its own, and tables would be folded to 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 120)
     errors = Console(stderr=True, soft_wrap=True)
-    checkpoints = None
+    show = partial(errors.print, markup=False, highlight=False)
+    fail = partial(end.fail, show=partial(show, style="red"))
+    checkpoints, code = None, 0
     try:
         run, mesh_sizes = configure(argv)
+        console.quiet = not processes.is_primary()
         if run.mesh.aot:
             return compile_ahead(console, run, mesh_sizes)
         corpus = load_corpus(run.data)
         print_config(console, run, corpus)
         checkpoints = Checkpoints(Path(run.checkpoint.checkpoint_dir), run.checkpoint.keep)
         resumed = find_step(run, corpus, checkpoints)
-        planned = plan(run, make_mesh(mesh_sizes))
+        across = read_across(run.mesh.mesh, mesh_sizes)
+        planned = plan(run, make_mesh(mesh_sizes, across))
         print_plan(console, planned)
+        hosts.agree_on_plan(planned, corpus, resumed)
         checkpoints.open()
         train(console, planned, corpus, checkpoints, resumed)
     except SpmdError as error:
-        errors.print(f"error: {error}", markup=False, highlight=False, style="red")
-        return error.exit_code if isinstance(error, TrainingError) else 1
+        code = getattr(error, "exit_code", 1)
+        fail(code, f"error: {error}")
     except Interrupted as error:
-        again = resume_command(argv, checkpoints)
-        errors.print(
-            f"interrupted and saved; go on with:\n  {again}", markup=False, highlight=False
-        )
-        return error.exit_code
+        code, again = error.exit_code, resume_command(argv, checkpoints)
+        if processes.is_primary():
+            show(f"interrupted and saved; go on with:\n  {again}")
     except KeyboardInterrupt:
-        errors.print("interrupted; there was nothing to save")
-        return 130
+        code = 130
+        fail(code, "interrupted; there was nothing to save")
+    except Exception as error:
+        end.uncaught(error)
+        raise
     finally:
         if checkpoints is not None:
             checkpoints.close()
-    return 0
+    end.finish()
+    return code
 
 
 def configure(argv: list[str]) -> tuple[RunConfig, dict[str, int]]:
@@ -80,14 +95,15 @@ def configure(argv: list[str]) -> tuple[RunConfig, dict[str, int]]:
       ConfigError: all that is wrong with the options.
     """
     run, problems = parse(argv)
-    simulate(max(run.mesh.devices, 1))
-    devices = jax.device_count()
+    problems += hosts.join(run, problems)
+    devices, nodes = jax.device_count(), count_nodes() if accelerators() else None
     if run.mesh.aot:
         try:
-            devices = Machine.parse(run.mesh.aot).devices
+            machine = Machine.parse(run.mesh.aot)
+            devices, nodes = machine.devices, machine.slices
         except MeshError as error:
             problems += error.problems
-    problems += validate(run, devices)
+    problems += validate(run, devices, nodes, processes.count())
     if problems:
         raise ConfigError(*problems)
     sizes = resolve_mesh(run, devices)
@@ -97,9 +113,11 @@ def configure(argv: list[str]) -> tuple[RunConfig, dict[str, int]]:
         on_cpu = not run.mesh.aot and jax.default_backend() == "cpu"
         model = dataclasses.replace(model, dtype="float32" if on_cpu else "bfloat16")
     if not checkpoint.checkpoint_dir:
-        folder = time.strftime("runs/%Y%m%d-%H%M%S")
+        folder = processes.broadcast(
+            "the folder of the run", time.strftime("runs/%Y%m%d-%H%M%S"), hosts.AGREE_S
+        )
         checkpoint = dataclasses.replace(checkpoint, checkpoint_dir=folder)
-    shown = ",".join(f"{name}={size}" for name, size in sizes.items())
+    shown = mesh_text(sizes, read_across(run.mesh.mesh, sizes))
     mesh = dataclasses.replace(run.mesh, mesh=shown, devices=devices)
     return dataclasses.replace(run, mesh=mesh, model=model, checkpoint=checkpoint), sizes
 
@@ -110,7 +128,9 @@ def compile_ahead(console: Console, run: RunConfig, mesh_sizes: dict[str, int]) 
     Returns:
       0, or 1 when the step does not fit into the memory of a device.
     """
-    mesh, layout = described_mesh(Machine.parse(run.mesh.aot), mesh_sizes)
+    across = tuple(read_across(run.mesh.mesh, mesh_sizes).items())
+    shape = MeshShape(tuple(mesh_sizes.items()), across=across)
+    mesh, layout = described_mesh(Machine.parse(run.mesh.aot), shape)
     with console.status("planning"):
         planned = plan(run, mesh)
     print_config(console, run)
@@ -148,23 +168,24 @@ def train(
     console: Console, planned: Plan, corpus: Corpus, checkpoints: Checkpoints, resumed: int | None
 ) -> None:
     """Compiles, trains to the last step, validates and samples."""
-    started = time.perf_counter()
-    with console.status("compiling"):
-        step, evaluate = planned.compile_step(), planned.compile_evaluate()
-        if resumed is None:
-            state = planned.init()
-        else:
-            state = checkpoints.restore(resumed, planned.abstract_state())
-    took = time.perf_counter() - started
-    origin = "a new run" if resumed is None else f"step {resumed}"
-    console.print(
-        f"compiled in {took:.1f} s; from {origin}; checkpoints in {checkpoints.folder}",
-        highlight=False,
-    )
-    record = identity(planned.run, corpus)
-    loop = Loop(planned, corpus, step, evaluate, checkpoints, record, console)
-    state = loop.run(state)
-    loss = loop.validate(int(state.step), state)
+    with StopRequest() as stop:
+        started = time.perf_counter()
+        with console.status("compiling"):
+            step, evaluate = planned.compile_step(), planned.compile_evaluate()
+            if resumed is None:
+                state = planned.init()
+            else:
+                state = checkpoints.restore(resumed, planned.abstract_state())
+        took = time.perf_counter() - started
+        origin = "a new run" if resumed is None else f"step {resumed}"
+        console.print(
+            f"compiled in {took:.1f} s; from {origin}; checkpoints in {checkpoints.folder}",
+            highlight=False,
+        )
+        record = identity(planned.run, corpus)
+        loop = Loop(planned, corpus, step, evaluate, checkpoints, record, console, stop)
+        state = loop.run(state)
+        loss = loop.validate(int(state.step), state)
     entropy = unigram_entropy(corpus.validation)
     console.print(
         f"unigram entropy of the validation bytes {entropy:.4f} nats;"

@@ -12,6 +12,7 @@ from functools import lru_cache
 from math import gcd, prod
 from typing import Any
 
+from sharding import nodes
 from sharding.errors import MeshError, Problem
 
 # Characters of the canonical text of a sharding; a name that holds one could not be parsed back.
@@ -34,6 +35,8 @@ class MeshShape:
     Attributes:
       axes: those that values may be sharded over.
       manual: those that the user's own collectives work on, inside of a `jax.shard_map`.
+      across: of the axes that cross the slow network between slices or nodes, how many of these
+        lie along each, its major part.
 
     Raises:
       MeshError: a name appears twice, is empty, or a size is below 1.
@@ -41,6 +44,7 @@ class MeshShape:
 
     axes: tuple[tuple[str, int], ...]
     manual: tuple[tuple[str, int], ...] = ()
+    across: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         names = [name for name, _ in self.axes]
@@ -70,7 +74,8 @@ class MeshShape:
             return MeshShape(tuple((name, int(size)) for name, size in mesh.items()))
         if hasattr(mesh, "axis_names"):
             sizes = getattr(mesh, "axis_sizes", None) or tuple(mesh.devices.shape)
-            return MeshShape(tuple(zip(mesh.axis_names, sizes, strict=True)))
+            axes = tuple(zip(mesh.axis_names, sizes, strict=True))
+            return MeshShape(axes, across=nodes.along(mesh))
         raise MeshError(
             Problem(
                 f"mesh is a {type(mesh).__name__}",
@@ -94,7 +99,20 @@ class MeshShape:
             return self
         taken = [a for a in self.axes if a[0] in names or split_ref(a[0])[0] in names]
         left = tuple(a for a in self.axes if a not in taken)
-        return MeshShape(left, (*self.manual, *taken))
+        return MeshShape(left, (*self.manual, *taken), self.across)
+
+    def nodes_along(self, ref: str) -> int:
+        """How many slices or nodes lie along an axis reference; 1 where it stays inside of one."""
+        found = dict(self.across)
+        name, pre, size = split_ref(ref)
+        if ref in found or size is None:
+            return found.get(ref, 1)
+        left = max(found.get(name, 1) // pre, 1)  # the network is the major part of an axis
+        return gcd(left, size)
+
+    def like(self, other: "MeshShape") -> bool:
+        """Whether both have the same axes, wherever these lie."""
+        return (self.axes, self.manual) == (other.axes, other.manual)
 
     def manual_refs(self, name: str) -> tuple[str, ...]:
         """What a manual axis is made of, major to minor: itself, or its sub-axes."""
@@ -102,6 +120,17 @@ class MeshShape:
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={size}" for name, size in self.axes) or "(no axes)"
+
+    def placed_text(self) -> str:
+        """`data=2@dcn, fsdp=4`: where the axes lie too. Of an axis that does not lie on the slow
+        network alone the part that does is told: `data=4(2@dcn)`."""
+        across = dict(self.across)
+        parts = []
+        for name, size in self.axes:
+            count = across.get(name, 1)
+            where = "" if count == 1 else "@dcn" if count == size else f"({count}@dcn)"
+            parts.append(f"{name}={size}{where}")
+        return ", ".join(parts) or "(no axes)"
 
 
 @lru_cache(maxsize=65536)
@@ -204,7 +233,8 @@ def refine(mesh: MeshShape, refs: set[str]) -> MeshShape:
             continue
         for low, high in zip([1, *points], [*points, full], strict=True):
             axes.append((f"{name}:({low}){high // low}", high // low))
-    return MeshShape(tuple(axes))
+    across = [(name, mesh.nodes_along(name)) for name, _ in axes]
+    return MeshShape(tuple(axes), across=tuple((name, n) for name, n in across if n > 1))
 
 
 @lru_cache(maxsize=65536)

@@ -62,7 +62,7 @@ class Propagated:
 
     def __str__(self) -> str:
         lines = render(self.program, lambda v: f" {self.shardings[v.id]}" if v.rank else "")
-        return f"mesh {self.mesh}\n" + "\n".join(lines)
+        return f"mesh {self.mesh.placed_text()}\n" + "\n".join(lines)
 
 
 def propagate(

@@ -51,7 +51,7 @@ def _at_manual_region(op: Op, mesh: MeshShape) -> list[tuple[Value, Sharding]]:
     manual = control.manual(op.params) if control is not None else None
     if manual is None:
         return []
-    if manual.mesh != mesh:
+    if not manual.mesh.like(mesh):
         raise MeshError(_other_mesh(op, manual.mesh, mesh))
     found = []
     ports = [(op.inputs, port) for port in op.in_ports] + [(op.outputs, p) for p in op.out_ports]

@@ -276,7 +276,7 @@ def _unhashable(where: int | str, value: Any) -> Problem:
 @lru_cache(maxsize=8192)
 def spec_on(mesh: MeshShape, sharding: Any, rank: int) -> Spec | None:
     """What a NamedSharding says, where it is over a mesh like this one."""
-    if isinstance(sharding, NamedSharding) and MeshShape.of(sharding.mesh) == mesh:
+    if isinstance(sharding, NamedSharding) and MeshShape.of(sharding.mesh).like(mesh):
         return trimmed(spec_of(sharding, rank))
     return None
 

@@ -2,15 +2,23 @@
 
 One unit keeps plans comparable: a byte sent over a link. Computation and memory traffic enter by
 the ratio of a TPU v5p (2.8 TB/s HBM, 180 GB/s per axis both ways; the JAX scaling book,
-"TPU specs"). Collectives follow the ring model of Thakur et al. (2005).
+"TPU specs"). Collectives follow the ring model of Thakur et al. (2005). Those over axes that cross
+the network between slices or nodes work in two levels, between them on the part that each device
+of one has, and what is sent there is dearer by the same chip's ratio.
 """
+
+from collections.abc import Sequence
+
+from sharding.mesh import MeshShape, axis_size
 
 LINK_BYTES_PER_S = 1.8e11
 # Far below the chip's own ratio (2,550): a matmul that every device repeats in order to save a
 # collective is paid at every size of mesh, the collective only once.
 FLOPS_PER_LINK_BYTE = 8.0
+NETWORK_BYTES_PER_S = 2.5e10 / 4  # of a host, which four chips share
 HBM_BYTES_PER_LINK_BYTE = 2.8e12 / LINK_BYTES_PER_S
 
+_DEARER = LINK_BYTES_PER_S / NETWORK_BYTES_PER_S
 # Enough to prefer one collective over two of the same bytes, too little to prefer more bytes.
 STEP_BYTES = 64.0
 
@@ -36,3 +44,31 @@ def all_to_all(size: float, shards: int) -> float:
 def compute(flops: float, hbm_bytes: float) -> float:
     """Local work, in link bytes."""
     return flops / FLOPS_PER_LINK_BYTE + hbm_bytes / HBM_BYTES_PER_LINK_BYTE
+
+
+def network_bytes(kind: str, axes: Sequence[str], wire: float, mesh: MeshShape) -> float:
+    """Of what one device sends in a collective, what goes over the network.
+
+    Args:
+      kind: all_gather, reduce_scatter, all_reduce, all_to_all or permute.
+      axes: axis references of `mesh`.
+      wire: all that it sends, as the functions above count it.
+    """
+    nodes = inside = 1
+    for axis in axes:
+        along = mesh.nodes_along(axis)
+        nodes, inside = nodes * along, inside * (axis_size(mesh, axis) // along)
+    if nodes == 1:
+        return 0.0
+    if kind == "permute":
+        return wire  # of the devices at the border, which all others wait for
+    shards = nodes * inside
+    share = wire * shards / (shards - 1) * (nodes - 1) / nodes
+    return share if kind == "all_to_all" else share / inside
+
+
+def priced(kind: str, axes: Sequence[str], wire: float, mesh: MeshShape) -> float:
+    """What one device sends in a collective, in bytes on a link; see `network_bytes`."""
+    if not mesh.across:
+        return wire
+    return wire + network_bytes(kind, axes, wire, mesh) * (_DEARER - 1)

@@ -84,7 +84,7 @@ def _candidates(options: Options, leaves: Sequence[Any]) -> Iterator[Any]:
 def same_mesh(a: Any, b: Any) -> bool:
     """Whether two meshes put the same names on the same devices in the same order; a mesh without
     devices is compared by its names and sizes."""
-    if MeshShape.of(a) != MeshShape.of(b):
+    if not MeshShape.of(a).like(MeshShape.of(b)):
         return False
     if isinstance(a, AbstractMesh) or isinstance(b, AbstractMesh):
         return True

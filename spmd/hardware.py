@@ -210,6 +210,8 @@ class _Stand:
 def _lay(machine: Machine, mesh: MeshShape) -> MachineLayout:
     if mesh.size != machine.devices:
         raise MeshError(_wrong_size(machine, mesh))
+    if mesh.across and prod(n for _, n in mesh.across) != machine.slices:
+        raise MeshError(_wrong_slices(machine, mesh))
     sizes = [n for _, n in mesh.axes]
     outer = _outer(machine, mesh)
     inner = [n // o for n, o in zip(sizes, outer, strict=True)]
@@ -240,8 +242,22 @@ def _wrong_size(machine: Machine, mesh: MeshShape) -> Problem:
     )
 
 
+def _wrong_slices(machine: Machine, mesh: MeshShape) -> Problem:
+    axes = " x ".join(f"{name}={n}" for name, n in mesh.across)
+    asked = prod(n for _, n in mesh.across)
+    return Problem(
+        f"mesh {mesh.placed_text()} on {machine}",
+        f"its axes cross the network between {axes} = {asked} slices or nodes, and {machine} has"
+        f" {machine.slices}",
+        "name a machine with as many, e.g. v5e:2x2*2 or h100:2x4",
+    )
+
+
 def _outer(machine: Machine, mesh: MeshShape) -> list[int]:
-    """Per axis, its part over slices or nodes: the first axes take as much as they can."""
+    """Per axis, its part over slices or nodes: as the mesh says; where it does not, the first axes
+    take as much as they can."""
+    if mesh.across:
+        return [mesh.nodes_along(name) for name in mesh.names]
     left, outer = machine.slices, []
     for _, size in mesh.axes:
         outer.append(gcd(left, size))

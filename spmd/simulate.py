@@ -24,14 +24,17 @@ _PLATFORM_KINDS = {"cuda": "gpu", "rocm": "gpu", "gpu": "gpu", "tpu": "tpu"}
 _COUNT_FLAG = "--xla_force_host_platform_device_count"
 
 
-def simulate(devices: int) -> bool:
+def simulate(devices: int, nodes: int = 1) -> bool:
     """Makes JAX see `devices` CPU devices, unless the machine has real accelerators.
 
     Sets `XLA_FLAGS` (the number of host devices), `NPROC` (the size of XLA's thread pools)
     and `JAX_PLATFORMS=cpu`. Values the user already set win, except an `NPROC` that is too small.
+    `SPMD_NODES` says that the devices stand for several nodes with a slow network between them;
+    mesh axes that cross it are told apart by plans and reports.
 
     Args:
-      devices: how many devices to simulate, at least 1.
+      devices: how many devices to simulate, at least 1; of this process.
+      nodes: how many nodes they stand for, those of all processes together.
 
     Returns:
       True when devices are simulated, False when real accelerators are used instead.
@@ -58,6 +61,8 @@ def simulate(devices: int) -> bool:
     # programs can take every thread while each waits for a partner that has none: a deadlock.
     os.environ["NPROC"] = str(max(2 * count, 16, _integer(os.environ.get("NPROC"))))
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if nodes > 1 or "SPMD_NODES" not in os.environ:
+        os.environ["SPMD_NODES"] = str(nodes)
     return True
 
 

@@ -19,9 +19,10 @@ from sharding._jax import jit as _jit
 from sharding.errors import ShardingWarning
 from sharding.program import Program, Value, render
 from sharding.spec import Layout, Sharding
-from spmd import boundary, collectives
+from spmd import boundary, collectives, cost
 from spmd.annotations import Annotated
 from spmd.arguments import Arguments, output_names
+from spmd.collectives import Collective
 from spmd.compiled import Lowered
 from spmd.devices import automatic, under
 from spmd.estimate import liveness
@@ -363,12 +364,16 @@ class Partitioned(Inspection):
     def __str__(self) -> str:
         lines = [str(self.plan), "collectives"]
         lines += [
-            f"  {c.kind}({'+'.join(c.axes)}) x{c.count} {c.bytes:,.0f} B"
+            f"  {c.kind}({'+'.join(c.axes)}) x{c.count} {c.bytes:,.0f} B{self._network_text(c)}"
             for c in collectives.summarize(self.collectives)
         ] or ["  none"]
         if self.diagnostics:
             lines += ["diagnostics", *(f"  {d}" for d in self.diagnostics)]
         return "\n".join(lines)
+
+    def _network_text(self, c: Collective) -> str:
+        far = cost.network_bytes(c.kind, c.axes, c.bytes, self.plan.mesh)
+        return f", {far:,.0f} B of it over dcn" if far else ""
 
 
 def _weak(value: Value) -> bool:

@@ -110,7 +110,7 @@ class Checkpoints:
             state=ocp.args.StandardSave(nn.unbox(state)), record=ocp.args.JsonSave(record)
         )
         try:
-            manager.save(step, args=items)
+            manager.save(step, args=items, force=True)
             self.pending = step
         except (OSError, ValueError) as error:
             self._failed(step, error)

@@ -16,6 +16,7 @@ __all__ = [
     "DataConfig",
     "MeshConfig",
     "OptimizerConfig",
+    "ProcessConfig",
     "RunConfig",
     "SampleConfig",
     "TrainConfig",
@@ -32,14 +33,38 @@ def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
 class MeshConfig:
     """Which devices, and how the program is laid out over them."""
 
-    devices: int = option(8, "CPU devices to simulate where there is no accelerator")
-    mesh: str = option("", "axis sizes, e.g. data=2,tensor=4; one may be -1; default: to fit")
+    devices: int = option(
+        8, "CPU devices to simulate where there is no accelerator, over all processes together"
+    )
+    mesh: str = option(
+        "",
+        "axis sizes, e.g. data=2,tensor=4; one may be -1; data=2@dcn,fsdp=4 puts data between"
+        " slices or nodes; default: to fit",
+    )
     parallelism: str = option(
         "fsdp+tensor", "tables of models/shardings.py, joined by +, e.g. fsdp+tensor_sequence"
     )
     aot: str = option(
         "", "compile the step for this TPU topology, e.g. v5p:4x4x4, without a TPU, and stop"
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessConfig:
+    """The processes of a run on several hosts; see spmd/runtime/README.md."""
+
+    cluster: str = option(
+        "auto", "what starts the processes: auto, none, or one of JAX's cluster environments"
+    )
+    coordinator: str = option("", "host:port on which they meet; default: as the cluster says")
+    num_processes: int = option(0, "how many there are; 0: as the cluster says")
+    process_id: int = option(-1, "the number of this one; -1: as the cluster says")
+    coordinator_bind: str = option(
+        "", "address on which process 0 listens; default: the coordinator's own"
+    )
+    start_timeout: float = option(120.0, "seconds to wait for all processes to start")
+    peer_timeout: float = option(20.0, "seconds without a sign of life until a process is lost")
+    exit_timeout: float = option(20.0, "seconds to wait for all processes to end")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +126,7 @@ class SampleConfig:
 class RunConfig:
     """One instance of each component's options."""
 
+    processes: ProcessConfig = ProcessConfig()
     mesh: MeshConfig = MeshConfig()
     model: TransformerConfig = TransformerConfig(dtype="auto")
     data: DataConfig = DataConfig()

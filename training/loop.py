@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import signal
 import time
 from collections.abc import Callable
-from types import FrameType, TracebackType
 from typing import Any
 
 import jax
@@ -18,44 +15,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sharding.errors import Problem
+from spmd.runtime.processes import is_primary
 from training.checkpoint import Checkpoints
 from training.data import Corpus, batch_at, validation_batches
 from training.errors import CheckpointError, DivergedError, Interrupted
 from training.program import Plan
+from training.signals import StopRequest
 from training.state import TrainState
 from training.throughput import flops_per_token, peak_flops
 
-__all__ = ["Loop", "StopRequest"]
-
-# By signal: Ctrl-C is final; a termination request asks to be started again.
-_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
-
-
-class StopRequest:
-    """While entered, the first Ctrl-C or termination request sets `exit_code`, a second exits."""
-
-    def __init__(self) -> None:
-        self.exit_code: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        for number in _EXIT_CODES:
-            self._before[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.exit_code is not None:
-            os._exit(self.exit_code)
-        self.exit_code = _EXIT_CODES[signal.Signals(number)]
+__all__ = ["Loop"]
 
 
 @dataclasses.dataclass
@@ -66,6 +35,7 @@ class Loop:
       step: compiled; (state, batch) to (state, metrics).
       evaluate: compiled; (parameters, batch) to a loss in nats.
       record: what is written beside each checkpoint, see `training.checkpoint.identity`.
+      stop: asked between batches whether the run has to end.
     """
 
     plan: Plan
@@ -75,6 +45,7 @@ class Loop:
     checkpoints: Checkpoints
     record: dict[str, Any]
     console: Console
+    stop: StopRequest
 
     def run(self, state: TrainState) -> TrainState:
         """Trains to the last step, and saves it.
@@ -88,7 +59,7 @@ class Loop:
         start = int(state.step)
         meter = Meter(self.plan, start)
         previous: dict[str, jax.Array] = {}
-        with StopRequest() as stop, self._progress(start) as progress:
+        with self._progress(start) as progress:
             task = progress.add_task("train", total=train.steps, completed=start, line="")
             for index in range(start, train.steps):
                 state, metrics = self.step(state, self._batch(index))
@@ -100,9 +71,7 @@ class Loop:
                     progress.update(task, line=line)
                 progress.update(task, completed=done)
                 self._warn(self.checkpoints.poll())
-                if stop.exit_code is not None:
-                    self._save_last(done, state)
-                    raise Interrupted(stop.exit_code)
+                self._end_if_asked(done, state)
                 if done % train.eval_every == 0 and done < train.steps:
                     self.validate(done, state)
                     meter.restart(done)
@@ -112,12 +81,20 @@ class Loop:
         return state
 
     def validate(self, done: int, state: TrainState) -> float:
-        """Prints and returns the validation loss, in nats per byte."""
+        """Prints and returns the validation loss, in nats per byte.
+
+        Raises:
+          Interrupted: a signal came; the state is saved.
+          CheckpointError: the state cannot be saved.
+        """
         train, sequence = self.plan.run.train, self.plan.run.data.sequence
         batches = validation_batches(
             self.corpus.validation, train.eval_batches, train.batch, sequence
         )
-        losses = [float(self.evaluate(state.params, self.plan.put(batch))) for batch in batches]
+        losses = []
+        for batch in batches:
+            losses.append(float(self.evaluate(state.params, self.plan.put(batch))))
+            self._end_if_asked(done, state)
         loss = float(np.mean(losses))
         self.console.print(f"step {done:>6}  validation loss {loss:.4f} nats/byte")
         return loss
@@ -130,8 +107,9 @@ class Loop:
         values = {name: float(value) for name, value in metrics.items()}
         line = meter.line(done, values["loss"])
         self.console.print(f"step {done:>6}  {line}", highlight=False)
-        with (self.checkpoints.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": done, **values}) + "\n")
+        if is_primary():
+            with (self.checkpoints.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": done, **values}) + "\n")
         if not math.isfinite(values["loss"]):
             problem = Problem(
                 f"the loss at step {done} is {values['loss']}",
@@ -143,6 +121,11 @@ class Loop:
 
     def _save(self, done: int, state: TrainState) -> None:
         self.checkpoints.save(done, state, self.record)
+
+    def _end_if_asked(self, done: int, state: TrainState) -> None:
+        if (code := self.stop.poll()) is not None:
+            self._save_last(done, state)
+            raise Interrupted(code)
 
     def _save_last(self, done: int, state: TrainState) -> None:
         self._save(done, state)

@@ -7,7 +7,7 @@ the program that creates them, so no device ever holds more than its part.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from models.shardings import Rules, rules_for
 from training.config import RunConfig
 from training.state import TrainState, evaluate, init_state, train_step
 
-__all__ = ["Plan", "make_mesh", "plan"]
+__all__ = ["Plan", "plan"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,18 +72,18 @@ class Plan:
         )
 
     def put(self, batch: np.ndarray) -> jax.Array:
-        """A batch on the devices that read it."""
-        return jax.device_put(batch, self.batch_sharding)
+        """A batch on the devices that read it.
+
+        Args:
+          batch: the whole of it, in every process; each puts its part on its own devices.
+        """
+        return jax.make_array_from_callback(
+            batch.shape, self.batch_sharding, lambda index: batch[index]
+        )
 
     def jit(self, function: Callable, **options: Any) -> Any:
         """`spmd.jit` with this plan's mesh and rules."""
         return spmd.jit(function, mesh=self.mesh, axis_rules=self.rules, **options)
-
-
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """A mesh of all devices, in an order that suits how they are wired."""
-    automatic = (jax.sharding.AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=automatic)
 
 
 def plan(run: RunConfig, mesh: Mesh) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from math import prod
 from typing import Any
 
@@ -12,6 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sharding.mesh import MeshShape
+from spmd import cost
+from spmd.collectives import Collective
 from training.config import RunConfig
 from training.data import Corpus
 from training.program import Plan
@@ -44,11 +48,11 @@ def print_config(console: Console, run: RunConfig, corpus: Corpus | None = None)
 
 def print_plan(console: Console, plan: Plan) -> None:
     """The mesh, the sharding of each parameter, the collectives of a step, and its memory."""
-    sizes = ", ".join(f"{name}={size}" for name, size in plan.mesh.shape.items())
+    sizes = plan.partitioned.plan.mesh.placed_text()
     kind = plan.mesh.devices.flat[0].device_kind
     console.print(f"mesh: {sizes} ({plan.mesh.devices.size} x {kind})", highlight=False)
     console.print(_parameters(plan))
-    console.print(_collectives(plan.partitioned))
+    console.print(_collectives(plan.partitioned.collectives, plan.partitioned.plan.mesh))
     peak = plan.partitioned.peak_memory
     console.print(f"predicted memory: {human_bytes(peak)} per device", highlight=False)
 
@@ -85,24 +89,30 @@ def sharding_text(sharding: Any, rank: int) -> str:
     return f"[{', '.join(text or '-' for text in texts)}]"
 
 
-def _collectives(partitioned: Any) -> Table:
-    table = _table("collectives per step", "kind", "axes", "count", "bytes sent per device")
+def _collectives(found: Iterable[Collective], mesh: MeshShape) -> Table:
+    """By kind and axes; what goes over the network between slices or nodes in a column of its own,
+    where axes cross one."""
+    across = ("over dcn",) if mesh.across else ()
+    columns = ("kind", "axes", "count", "bytes sent per device", *across)
+    table = _table("collectives per step", *columns)
     groups: dict[tuple[str, str], list[float]] = {}
-    for record in partitioned.collectives:
+    for record in found:
+        far = cost.network_bytes(record.kind, record.axes, record.bytes, mesh)
         # `count` and `bytes` cover all runs of the collective in a step.
         for key in ((record.kind, ", ".join(record.axes)), ("total", "")):
-            group = groups.setdefault(key, [0, 0])
-            group[0] += record.count
-            group[1] += record.bytes
+            group = groups.setdefault(key, [0, 0, 0])
+            for i, value in enumerate((record.count, record.bytes, far)):
+                group[i] += value
     ordered = sorted(groups.items(), key=lambda item: (item[0][0] == "total", -item[1][1]))
-    for (kind, axes), (count, size) in ordered:
-        table.add_row(kind, axes, f"{count:,.0f}", human_bytes(size))
+    for (kind, axes), (count, *sizes) in ordered:
+        shown = map(human_bytes, sizes if across else sizes[:1])
+        table.add_row(kind, axes, f"{count:,.0f}", *shown)
     return table
 
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for column in columns:
-        number = column.startswith(("bytes", "count"))
+        number = column.startswith(("bytes", "count", "over"))
         table.add_column(column, justify="right" if number else "left", overflow="fold")
     return table

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from models.shardings import shards
 from models.transformer import Cache, Transformer, TransformerConfig, init_cache
@@ -50,7 +51,9 @@ def sample(plan: Plan, params: Any) -> tuple[bytes, str]:
     cache_text = f"{keys_LBTKE.shape} {sharding_text(keys_LBTKE.sharding, keys_LBTKE.ndim)}"
     rest = plan.jit(step, in_shardings=shardings, donate_argnums=(2,))
     tokens_BN, _ = rest(params, token_B, cache, keys[1:])
-    new = [np.asarray(token_B)[:1], np.asarray(tokens_BN)[0]]
+    # Samples lie in all processes, and each of them prints or returns the first.
+    token_B, tokens_BN = multihost_utils.process_allgather((token_B, tokens_BN), tiled=True)
+    new = [token_B[:1], tokens_BN[0]]
     return bytes(np.concatenate([prompt, *new]).astype(np.uint8)), cache_text
 
 

@@ -6,9 +6,7 @@ Every check gives the problems it finds as a list; nothing is raised and nothing
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
-from math import prod
 from pathlib import Path
 
 from models.shardings import (
@@ -23,10 +21,10 @@ from models.shardings import (
 from models.transformer import TransformerConfig
 from sharding.errors import Problem, did_you_mean
 from training.config import CheckpointConfig, MeshConfig, RunConfig
+from training.mesh_text import AXES, across_problem, read_across, read_mesh
 
 __all__ = ["AXES", "resolve_mesh", "validate"]
 
-AXES = ("data", "fsdp", "tensor", "sequence", "expert", "stage")
 _SEED_END = 2**32
 
 # The option that sets the size of a dim; dims that are always sharded alike have one entry.
@@ -61,75 +59,45 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         key: (lambda value: value > 0, "above 0")
         for key in ("learning_rate", "clip_norm", "rope_base")
     },
+    **{
+        key: (lambda value: 1 <= value <= 86_400, "from 1 to 86400 seconds")
+        for key in ("start_timeout", "peer_timeout", "exit_timeout")
+    },
     "validation": (lambda value: 0 < value < 1, "between 0 and 1, neither included"),
     "seed": (lambda value: 0 <= value < _SEED_END, f"from 0 to {_SEED_END - 1}"),
 }
 
 
-def validate(run: RunConfig, devices: int) -> list[Problem]:
-    """All that cannot work in `run` on `devices` devices."""
+def validate(
+    run: RunConfig, devices: int, nodes: int | None = None, processes: int = 1
+) -> list[Problem]:
+    """All that cannot work in `run`.
+
+    Args:
+      devices: how many there are, of all processes together.
+      nodes: the slices or nodes that they lie in; None where they are simulated.
+      processes: how many there are.
+    """
     problems, run = _ranges(run)
     problems += _model(run.model)
     problems += _files(run.checkpoint, run.data.data)
     unknown = _parallelism(run.mesh.parallelism)
-    mesh, mesh_problems = _read_mesh(run.mesh.mesh, devices) if run.mesh.mesh else ({}, [])
+    mesh, mesh_problems = read_mesh(run.mesh.mesh, devices) if run.mesh.mesh else ({}, [])
     problems += unknown + mesh_problems
     if unknown or mesh_problems:
         return problems
     mesh = resolve_mesh(run, devices)
+    across = read_across(run.mesh.mesh, mesh)
+    if problem := across_problem(run.mesh.mesh, across, nodes, processes):
+        problems.append(problem)
     return problems + _axes_used(mesh, run.mesh) + _divisible(run, mesh)
 
 
 def resolve_mesh(run: RunConfig, devices: int) -> dict[str, int]:
     """The mesh axes and their sizes, of a configuration that `validate` has no problem with."""
     if run.mesh.mesh:
-        return _read_mesh(run.mesh.mesh, devices)[0]
+        return read_mesh(run.mesh.mesh, devices)[0]
     return default_mesh(run.mesh.parallelism, devices, run.model)
-
-
-def _read_mesh(text: str, devices: int) -> tuple[dict[str, int], list[Problem]]:
-    """The sizes that `--mesh` names, with -1 filled in; and what is wrong with it."""
-    shown = f"--mesh {text}"
-    mesh, problems = _parse_mesh(text, shown)
-    if problems:
-        return mesh, problems
-    known = prod(size for size in mesh.values() if size != -1)
-    product = " x ".join(f"{name}={size}" for name, size in mesh.items())
-    if -1 in mesh.values() and devices % known == 0:
-        mesh = {name: devices // known if size == -1 else size for name, size in mesh.items()}
-    elif -1 in mesh.values():
-        why = f"the other sizes make {known}, which does not divide the {devices} devices"
-        problems.append(Problem(shown, why, f"use sizes whose product divides {devices}"))
-    elif known != devices:
-        why = f"{product} needs {known} devices and there are {devices}"
-        fix = f"use sizes with the product {devices}, or -1 for one of them"
-        problems.append(Problem(shown, why, fix))
-    return mesh, problems
-
-
-def _parse_mesh(text: str, shown: str) -> tuple[dict[str, int], list[Problem]]:
-    mesh: dict[str, int] = {}
-    problems = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*([a-z]+)\s*=\s*(-?\d{1,9})\s*", part)
-        if not match:
-            why = f"{part!r} is not of the form axis=size"
-            problems.append(Problem(shown, why, "write it like data=2,tensor=4"))
-            continue
-        name, size = match[1], int(match[2])
-        if name not in AXES:
-            why = f"{name!r} is no mesh axis{did_you_mean(name, AXES)}"
-            problems.append(Problem(shown, why, f"the axes are {', '.join(AXES)}"))
-        if name in mesh:
-            problems.append(Problem(shown, f"axis {name!r} is given twice", "give it one size"))
-        if size == 0 or size < -1:
-            why = f"axis {name!r} has size {size}, and an axis holds at least one device"
-            problems.append(Problem(shown, why, "use 1 or more, or -1 for all that is left"))
-        mesh[name] = size
-    if list(mesh.values()).count(-1) > 1:
-        why = "-1 stands for all devices that are left, so only one axis can have it"
-        problems.append(Problem(shown, why, "give all axes but one a size"))
-    return mesh, problems
 
 
 def _axes_used(mesh: Mapping[str, int], config: MeshConfig) -> list[Problem]:

@@ -43,7 +43,12 @@ def measure(partitioned: Any) -> Measured:
 
 def link_bytes(plan: ProgramPlan) -> float:
     """What a plan sends and computes on one device, in the planner's unit."""
-    return sum(x.trips * (x.bytes + cost.compute(x.flops.total, 0)) for x in lines(plan))
+    found = lines(plan)
+    sent = sum(
+        x.trips * cost.priced(wire.kind, wire.axes, wire.bytes, plan.mesh)
+        for x in found for wire in x.wires
+    )  # fmt: skip
+    return sent + sum(x.trips * cost.compute(x.flops.total, 0) for x in found)
 
 
 def with_annotations(stage: Any, changes: Mapping[Value, Sharding | None]) -> Any:

@@ -32,13 +32,14 @@ Clock = Callable[[str, Sequence[str], float], float]
 
 
 def clock(mesh: MeshShape, machine: Machine | str | None) -> Clock:
-    """Times by the links of a machine; None: of one nominal link, whatever the axes.
+    """Times by the links of a machine; None: of one nominal link, and of a network where axes
+    cross one.
 
     Raises:
       MeshError: there is no such machine, or the mesh does not fit it.
     """
     if machine is None:
-        return lambda kind, axes, wire: wire / cost.LINK_BYTES_PER_S
+        return lambda kind, axes, wire: cost.priced(kind, axes, wire, mesh) / cost.LINK_BYTES_PER_S
     found = Machine.parse(machine) if isinstance(machine, str) else machine
     return found.lay(mesh).wire_time
 

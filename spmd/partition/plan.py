@@ -158,7 +158,7 @@ class ProgramPlan:
                 yield instruction, trips
 
     def __str__(self) -> str:
-        return f"mesh {self.mesh}\n" + "\n".join(_render(self.body, ""))
+        return f"mesh {self.mesh.placed_text()}\n" + "\n".join(_render(self.body, ""))
 
 
 def rewritten(

@@ -103,7 +103,8 @@ def step_cost(
     touched = local_bytes(before, shape, itemsize, mesh)
     touched += local_bytes(step.after, shape, itemsize, mesh)
     latency = 0.0 if step.kind in LOCAL else cost.STEP_BYTES
-    return step.bytes + latency + cost.compute(0, touched)
+    sent = cost.priced(step.kind, step.axes, step.bytes, mesh)
+    return sent + latency + cost.compute(0, touched)
 
 
 def local_bytes(layout: Layout, shape: tuple[int, ...], itemsize: int, mesh: MeshShape) -> int:

@@ -10,6 +10,7 @@ import jax
 from sharding.mesh import MeshShape
 from sharding.op import type_text
 from sharding.program import describe
+from spmd import cost
 from spmd.estimate import liveness
 from spmd.estimate.fusion import ANY, Compiler
 from spmd.estimate.timeline import Span, Timeline, timeline
@@ -57,6 +58,7 @@ def build(
     return Report(
         name=name,
         mesh=_mesh(plan.mesh),
+        across=dict(plan.mesh.across),
         machine=str(machine) if machine is not None else "",
         devices=plan.mesh.size,
         seconds=seconds,
@@ -64,7 +66,7 @@ def build(
         utilisation=_utilisation(flops, times),
         flops=flops,
         memory=_memory(plan, found, profile, machine),
-        communication=_communication(found, spans),
+        communication=_communication(found, spans, plan.mesh),
         arguments=_arguments(plan),
         results=tuple(_tensor(k, "result", plan.mesh) for k in plan.body.outputs),
         rows=_rows(found, spans),
@@ -102,7 +104,9 @@ def _utilisation(flops: Flops, times: Timeline | None) -> float:
     return flops.useful / (times.seconds * times.machine.chip.flops[0][1])
 
 
-def _communication(found: Sequence[Line], spans: Sequence[Span]) -> tuple[Communication, ...]:
+def _communication(
+    found: Sequence[Line], spans: Sequence[Span], mesh: MeshShape
+) -> tuple[Communication, ...]:
     merged: dict[tuple[str, tuple[str, ...], str, str, str], list[float]] = {}
     for line, span in zip(found, spans, strict=True):
         total = line.bytes
@@ -113,13 +117,14 @@ def _communication(found: Sequence[Line], spans: Sequence[Span]) -> tuple[Commun
             key = (wire.kind, wire.axes, line.source, op.module if op else "",
                    op.primitive.name if op else "")  # fmt: skip
             share = wire.bytes / total if total else 1 / len(line.wires)
-            sums = merged.setdefault(key, [0.0] * 4)
-            values = (wire.count, wire.bytes, span.wire * share, span.exposed * share)
+            sums = merged.setdefault(key, [0.0] * 5)
+            far = cost.network_bytes(wire.kind, wire.axes, wire.bytes, mesh)
+            values = (wire.count, wire.bytes, far, span.wire * share, span.exposed * share)
             for i, x in enumerate(values):
                 sums[i] += x * line.trips
     records = [
-        Communication(kind, axes, source, module, op, int(n), size, seconds, exposed)
-        for (kind, axes, source, module, op), (n, size, seconds, exposed) in merged.items()
+        Communication(*key, int(n), size, far, seconds, exposed)
+        for key, (n, size, far, seconds, exposed) in merged.items()
     ]
     return tuple(sorted(records, key=lambda c: (-c.seconds, -c.bytes, c[:5])))
 

@@ -14,7 +14,7 @@ from sharding.errors import ArgumentError, Problem
 from spmd.reporting import notebook, terminal, webpage
 from spmd.reporting.diff import ReportDiff
 
-FORMAT = 1  # of the JSON; a reader of another one says so
+FORMAT = 2  # of the JSON; a reader of another one says so
 
 
 class Communication(NamedTuple):
@@ -28,6 +28,7 @@ class Communication(NamedTuple):
       op: its primitive.
       count: how often they run.
       bytes: wire bytes by the ring model.
+      network: of these, what goes over the network between slices or nodes.
       seconds: time on the links of the machine.
       exposed: the part of it that the device waits for.
     """
@@ -39,6 +40,7 @@ class Communication(NamedTuple):
     op: str
     count: int
     bytes: float
+    network: float
     seconds: float
     exposed: float
 
@@ -168,6 +170,7 @@ class Report:
     Attributes:
       name: of the function.
       mesh: axis name -> size.
+      across: axis name -> how many slices or nodes lie along it, for those that cross the network.
       machine: `v5p:4x4x4`; "" where none was given: then times are 0.
       devices: of the mesh.
       seconds: predicted time of one call.
@@ -184,6 +187,7 @@ class Report:
 
     name: str
     mesh: Mapping[str, int]
+    across: Mapping[str, int]
     machine: str
     devices: int
     seconds: float
@@ -201,6 +205,11 @@ class Report:
     @property
     def wire_bytes(self) -> float:
         return sum(c.bytes for c in self.communication)
+
+    @property
+    def network_bytes(self) -> float:
+        """Of `wire_bytes`, what goes over the network between slices or nodes."""
+        return sum(c.network for c in self.communication)
 
     def totals(
         self, by: str | Callable[[Communication], Any] = "kind"

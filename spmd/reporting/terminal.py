@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from sharding.mesh import MeshShape
 from spmd.reporting.units import (
     flops,
     percent,
@@ -41,7 +42,8 @@ def headline(report: Report) -> str:
 
 
 def mesh_text(report: Report) -> str:
-    return " ".join(f"{name}={n}" for name, n in report.mesh.items()) or "one device"
+    shape = MeshShape(tuple(report.mesh.items()), across=tuple(report.across.items()))
+    return shape.placed_text().replace(", ", " ") if report.mesh else "one device"
 
 
 def _summary(report: Report) -> Iterator[str]:
@@ -91,14 +93,16 @@ def _communication(report: Report) -> Iterator[str]:
     if not report.communication:
         yield "communication  none"
         return
-    yield f"communication  {size(report.wire_bytes)} sent"
+    far = f", {size(report.network_bytes)} of it over dcn" if report.across else ""
+    yield f"communication  {size(report.wire_bytes)} sent{far}"
     timed = bool(report.machine)
     by_kind = report.totals(collective)
-    yield from table(*_collectives(by_kind.items(), timed))
+    yield from table(*_collectives(by_kind.items(), timed, _over_network(report, collective)))
     by_source = report.totals(place)
     yield "  by source line"
     found = islice(by_source.items(), _SOURCES)
-    yield from table(*_collectives(found, timed), indent="    ")
+    far = _over_network(report, place)
+    yield from table(*_collectives(found, timed, far), indent="    ")
     yield from more(len(by_source), _SOURCES, "source line", "    ")
 
 
@@ -111,12 +115,26 @@ def place(found: Communication) -> str:
     return found.source or "boundary of the program"
 
 
-def _collectives(found: Iterable[Any], timed: bool) -> _Table:
+def _collectives(
+    found: Iterable[Any], timed: bool, over_network: Mapping[Any, float] | None
+) -> _Table:
     rows = []
     for name, (n, sent, spent, exposed) in found:
         row = (shortened(name, _WIDTH), f"x{n:,}", size(sent))
+        if over_network is not None:
+            row = (*row, f"{size(over_network[name])} over dcn")
         rows.append((*row, seconds(spent), f"exposed {seconds(exposed)}") if timed else row)
-    return rows, (1, 2, 3)
+    return rows, (1, 2, 3, 4)
+
+
+def _over_network(report: Report, by: Callable[[Communication], str]) -> dict[str, float] | None:
+    """Bytes between slices or nodes by a function of the record; None where there is one."""
+    if not report.across:
+        return None
+    found: dict[str, float] = {}
+    for c in report.communication:
+        found[by(c)] = found.get(by(c), 0.0) + c.network
+    return found
 
 
 def more(count: int, shown: int, what: str, indent: str = "  ") -> Iterator[str]:

@@ -233,7 +233,9 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     [folder] = tmp_path.glob("runs/*")
-    assert stderr.startswith("interrupted and saved; go on with:\n  python train.py")
+    first, again = stderr.strip().split("\n", 1)
+    assert first == "SIGINT: saves after this step, then ends; again: ends at once"
+    assert again.startswith("interrupted and saved; go on with:\n  python train.py")
     assert stderr.endswith(f"--checkpoint-dir runs/{folder.name} --resume must\n")
     step = losses(folder)[-1][0]
     assert Checkpoints(folder, keep=3).latest() == step

@@ -15,7 +15,10 @@ PRIVATE_JAX_HOME = "sharding._jax"
 
 # Bottom to top. `name.*` is the module and everything below it; other entries are one module.
 LAYERS = (
-    ("sharding._jax.*", "sharding.errors", "sharding.local", "sharding.monoid", "spmd.simulate"),
+    (
+        "sharding._jax.*", "sharding.errors", "sharding.local", "sharding.monoid",
+        "sharding.nodes", "spmd.simulate",
+    ),
     ("sharding.mesh",),
     ("sharding.spec",),
     ("sharding.region",),

@@ -252,9 +252,9 @@ def test_json_round_trip() -> None:
     [
         ("{", "it is no JSON: Expecting property name enclosed in double quotes: "
               "line 1 column 2 (char 1)"),
-        ("[]", "its format is 'list', this version reads 1"),
-        ('{"format": 99}', "its format is 99, this version reads 1"),
-        ('{"format": 1}', "a part is missing or of another kind: KeyError: 'name'"),
+        ("[]", "its format is 'list', this version reads 2"),
+        ('{"format": 99}', "its format is 99, this version reads 2"),
+        ('{"format": 2}', "a part is missing or of another kind: KeyError: 'name'"),
     ],
 )  # fmt: skip
 def test_what_is_no_report(text: str, why: str) -> None:

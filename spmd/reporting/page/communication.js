@@ -4,9 +4,9 @@ function sums(records, key) {
   const found = new Map();
   for (const c of records) {
     const name = key(c);
-    if (!found.has(name)) found.set(name, { name, count: 0, bytes: 0, seconds: 0, exposed: 0 });
+    if (!found.has(name)) found.set(name, { name, count: 0, bytes: 0, network: 0, seconds: 0, exposed: 0 });
     const sum = found.get(name);
-    for (const field of ["count", "bytes", "seconds", "exposed"]) sum[field] += c[field];
+    for (const field of ["count", "bytes", "network", "seconds", "exposed"]) sum[field] += c[field];
   }
   return [...found.values()].sort((a, b) => b.seconds - a.seconds || b.bytes - a.bytes);
 }
@@ -26,6 +26,9 @@ function communicationView(report, search) {
   const numbers = [
     { name: "count", text: (c) => count(c.count), key: (c) => c.count, right: true },
     { name: "sent", text: (c) => bytesText(c.bytes), key: (c) => c.bytes, right: true },
+    ...(Object.keys(report.across).length ? [
+      { name: "over dcn", text: (c) => bytesText(c.network), key: (c) => c.network, right: true },
+    ] : []),
     ...(timed ? [
       { name: "on the wire", text: (c) => secondsText(c.seconds), key: (c) => c.seconds, right: true },
       { name: "exposed", text: (c) => secondsText(c.exposed), key: (c) => c.exposed, right: true },

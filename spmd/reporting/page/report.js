@@ -76,12 +76,17 @@ function start(report) {
     open("program");
     document.getElementById("search").focus();
   });
-  const mesh = Object.entries(report.mesh).map(([name, size]) => `${name}=${size}`).join(" ");
+  const mesh = Object.entries(report.mesh).map(([name, size]) => `${name}=${size}${placeText(report.across[name] ?? 1, size)}`).join(" ");
   document.body.append(
     el("header", {}, el("h1", {}, report.name), el("p", {}, [mesh || "one device", plural(report.devices, "device"), report.machine,
       ...Object.entries(report.versions).map(([name, version]) => `${name} ${version}`)].filter(Boolean).join("  ·  "))),
     tiles(report), bar, main);
   open("overview");
+}
+
+// Whether an axis lies between slices or nodes, or which part of it.
+function placeText(nodes, size) {
+  return nodes === 1 ? "" : nodes === size ? "@dcn" : `(${nodes}@dcn)`;
 }
 
 start(readReport(JSON.parse(document.getElementById("data").textContent)));
