@@ -27,14 +27,16 @@ from spmd.simulate import simulate
 from training.checkpoint import Checkpoints, identity
 from training.cli import parse
 from training.config import RunConfig
-from training.data import Corpus, load_corpus, unigram_entropy
-from training.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from training.data import Corpus, load_corpus, unigram_entropy, vocabulary
+from training.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError
+from training.folders import make_folder, with_folder
 from training.loop import Loop
+from training.memory import check_memory
 from training.program import Plan, make_mesh, plan
 from training.report import print_config, print_plan
 from training.sample import sample
 from training.throughput import flops_per_token
-from training.validate import resolve_mesh, validate
+from training.validate import MOST_DEVICES, resolve_mesh, validate
 
 
 def main(argv: list[str]) -> int:
@@ -53,6 +55,8 @@ def main(argv: list[str]) -> int:
         resumed = find_step(run, corpus, checkpoints)
         planned = plan(run, make_mesh(mesh_sizes))
         print_plan(console, planned)
+        check_memory(console, planned)
+        make_folder(checkpoints.folder)
         checkpoints.open()
         train(console, planned, corpus, checkpoints, resumed)
     except SpmdError as error:
@@ -78,30 +82,49 @@ def configure(argv: list[str]) -> tuple[RunConfig, dict[str, int]]:
 
     Raises:
       ConfigError: all that is wrong with the options.
+      DataError: the options are right, and the data that they name is not.
     """
     run, problems = parse(argv)
-    simulate(max(run.mesh.devices, 1))
+    simulate(min(max(run.mesh.devices, 1), MOST_DEVICES))
     devices = jax.device_count()
     if run.mesh.aot:
         try:
             devices = Machine.parse(run.mesh.aot).devices
         except MeshError as error:
             problems += error.problems
+    run, unreadable = with_vocabulary(run, problems)
     problems += validate(run, devices)
     if problems:
         raise ConfigError(*problems)
+    if unreadable:
+        raise unreadable
     sizes = resolve_mesh(run, devices)
-    model, checkpoint = run.model, run.checkpoint
+    model, checkpoint = run.model, with_folder(run.checkpoint)
     if model.dtype == "auto":
         # A CPU has no bfloat16 arithmetic of its own.
         on_cpu = not run.mesh.aot and jax.default_backend() == "cpu"
         model = dataclasses.replace(model, dtype="float32" if on_cpu else "bfloat16")
-    if not checkpoint.checkpoint_dir:
-        folder = time.strftime("runs/%Y%m%d-%H%M%S")
-        checkpoint = dataclasses.replace(checkpoint, checkpoint_dir=folder)
     shown = ",".join(f"{name}={size}" for name, size in sizes.items())
     mesh = dataclasses.replace(run.mesh, mesh=shown, devices=devices)
     return dataclasses.replace(run, mesh=mesh, model=model, checkpoint=checkpoint), sizes
+
+
+def with_vocabulary(run: RunConfig, problems: list[Problem]) -> tuple[RunConfig, DataError | None]:
+    """The configuration with the vocabulary that its data needs.
+
+    What is wrong with the options goes to `problems`. What is wrong with the data is returned:
+    it has an exit code of its own, and is told when the options are right.
+    """
+    try:
+        size = vocabulary(run.data)
+    except ConfigError as error:
+        problems += error.problems
+    except DataError as error:
+        return run, error
+    else:
+        model = dataclasses.replace(run.model, vocab_size=size)
+        return dataclasses.replace(run, model=model), None
+    return run, None
 
 
 def compile_ahead(console: Console, run: RunConfig, mesh_sizes: dict[str, int]) -> int:
@@ -140,7 +163,10 @@ def find_step(run: RunConfig, corpus: Corpus, checkpoints: Checkpoints) -> int |
         why = f"the folder holds step {latest} of another run, and the two would be mixed up"
         raise CheckpointError(Problem(shown, why, "name a new folder, or use --resume auto"))
     if latest is not None:
-        checkpoints.check(latest, identity(run, corpus))
+        expected = identity(run, corpus)
+        if run.data.allow_data_change:
+            del expected["text"]
+        checkpoints.check(latest, expected)
     return latest
 
 
@@ -167,20 +193,21 @@ def train(
     loss = loop.validate(int(state.step), state)
     entropy = unigram_entropy(corpus.validation)
     console.print(
-        f"unigram entropy of the validation bytes {entropy:.4f} nats;"
+        f"unigram entropy of the validation {corpus.unit} {entropy:.4f} nats;"
         f" validation loss / entropy = {loss / entropy:.1%}",
         highlight=False,
     )
-    if planned.run.sample.sample_bytes:
-        text, cache = sample(planned, state.params)
+    if planned.run.sample.sample_bytes and corpus.tokenizer is not None:
+        text, cache = sample(planned, corpus.tokenizer, state.params)
         console.print(f"sample (cache {cache}):", highlight=False, markup=False)
-        console.print(text.decode("utf-8", "replace"), highlight=False, markup=False)
+        console.print(text, highlight=False, markup=False)
 
 
 def resume_command(argv: list[str], checkpoints: Checkpoints | None) -> str:
     """The command that continues the run that `argv` started."""
     words = ["python", "train.py", *argv]
-    if "--checkpoint-dir" not in " ".join(argv) and checkpoints is not None:
+    named = "--checkpoint-dir" in " ".join(argv) or parse(argv)[0].checkpoint.run_name
+    if not named and checkpoints is not None:
         words += ["--checkpoint-dir", str(checkpoints.folder)]
     return shlex.join([*words, "--resume", "must"])  # the last --resume wins
 
