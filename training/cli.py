@@ -22,6 +22,14 @@ __all__ = ["parse"]
 
 _MAX_FILE_BYTES = 1_000_000
 _MAX_UNKNOWN = 20  # options, and keys of a file, that are told apart
+# Strings and comments of TOML, whole or without an end, and a key of more than 16 parts in what
+# is left: tomllib takes minutes for keys of many parts.
+_TEXTS = re.compile(
+    r"""\"{3}(?:\\.|[^\\])*?(?:\"{3}|\Z)|'{3}.*?(?:'{3}|\Z)"""
+    r"""|"(?:\\.|[^"\\\n])*+"?|'[^'\n]*+'?|\#[^\n]*""",
+    re.DOTALL,
+)
+_DEEP_KEY = re.compile(r"(?<![\w-])(?:[\w-]+[ \t]*\.[ \t]*){16}")
 _NEEDED = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
 
 
@@ -115,6 +123,8 @@ def _read_file(path: str) -> tuple[dict[str, Any], dict[str, str], list[Problem]
             why = f"it has {Path(path).stat().st_size} bytes; a configuration has at most"
             return {}, {}, [Problem(given, f"{why} {_MAX_FILE_BYTES}", fix)]
         text = written.decode("utf-8")
+        if _DEEP_KEY.search(_TEXTS.sub("s", text)):
+            raise RecursionError
         entries = tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         return {}, {}, [Problem(given, _unreadable(error), fix)]

@@ -190,6 +190,8 @@ def _bin_dtype(path: Path, token_dtype: str) -> np.dtype:
 def _npy_header(path: Path) -> tuple[np.dtype, int, int]:
     """dtype, offset of the data, and where it ends."""
     try:
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError:
         raise

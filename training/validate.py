@@ -170,9 +170,9 @@ def _axes_used(mesh: Mapping[str, int], config: MeshConfig) -> list[Problem]:
 def _parallelism(text: str) -> list[Problem]:
     return [
         Problem(
-            f"--parallelism {text}",
-            f"there is no table {part!r}{did_you_mean(part, PARALLELISMS)}",
-            f"mix {', '.join(PARALLELISMS)} with +",
+            f"--parallelism {shown(text)}",
+            f"there is no table {shown(part)!r}{did_you_mean(part, PARALLELISMS)}",
+            f"join tables with +, from {', '.join(PARALLELISMS)}",
         )
         for part in components(text)
         if part not in PARALLELISMS
@@ -192,9 +192,9 @@ def _divisible(run: RunConfig, mesh: Mapping[str, int]) -> list[Problem]:
         product = " x ".join(f"{axis}={mesh[axis]}" for axis in axis_names)
         why = f"it is split over {product}, {parts} ways, and {size} = "
         why += f"{size // parts} x {parts} + {size % parts}"
-        near = [str(n) for n in (size // parts * parts, (size // parts + 1) * parts) if n]
+        below = 0 if name == "vocab" else size // parts * parts  # the data needs all its ids
+        near = [str(n) for n in (below, (size // parts + 1) * parts) if n]
         fix = f"use {flag} {' or '.join(near)}, or another --mesh"
-        fix = fix if flag.startswith("--") else f"use a --mesh whose sizes divide {size}"
         problems.append(Problem(f"{flag} {size}", why, fix))
     return problems
 
