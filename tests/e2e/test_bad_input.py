@@ -30,6 +30,7 @@ def config(text):
     return {"run.toml": text}
 
 
+NEWLINES = r"\n" * 8
 HELP = "  fix: train.py --help lists the options"
 TOML = "  fix: name a TOML file with lines such as: steps = 100"
 NAME = (
@@ -46,8 +47,8 @@ CASES = [
      "--mesh fsdp=2,tensor=2\n  why: fsdp=2 x tensor=2 needs 4 devices and there are 8\n"
      "  fix: use sizes with the product 8, or -1 for one of them"),
     (3, "--mesh fsdp=0,tensor=8", {}, 2,
-     "--mesh fsdp=0,tensor=8\n  why: axis 'fsdp' has size 0, and an axis holds at least one device\n"
-     "  fix: use 1 or more, or -1 for all that is left"),
+     "--mesh fsdp=0,tensor=8\n  why: axis 'fsdp' has size 0, and an axis holds at least one"
+     " device\n  fix: use 1 or more, or -1 for all that is left"),
     (4, "--mesh fsdp=-1,tensor=-1", {}, 2,
      "--mesh fsdp=-1,tensor=-1\n  why: -1 stands for all devices that are left, so only one axis"
      " can have it\n  fix: give all axes but one a size"),
@@ -171,8 +172,9 @@ CASES = [
     (39, "--data little.py", {"little.py": "x" * 50}, 3,
      "--data little.py\n  why: its 1 files give 48 bytes to train on and 2 to validate; one example"
      " is --sequence 32 + 1 = 33 bytes\n  fix: name more data, or use a shorter --sequence"),
-    (39, "--data odd.bin --vocab-size 8", {"odd.bin": b"\0" * 101, "odd.json": '{"dtype":"uint32"}'},
-     3, "odd.bin\n  why: its 101 bytes are no multiple of the 4 of a uint32\n"
+    (39, "--data odd.bin --vocab-size 8",
+     {"odd.bin": b"\0" * 101, "odd.json": '{"dtype":"uint32"}'}, 3,
+     "odd.bin\n  why: its 101 bytes are no multiple of the 4 of a uint32\n"
      "  fix: write it again if it was cut short, or give the right --token-dtype"),
     (39, "--data x.bin --vocab-size 8", {"x.bin": b"\0" * 100, "tokens.json": "{}"}, 3,
      "x.bin\n  why: a .bin file does not say whether its ids are uint16 or uint32\n"
@@ -210,7 +212,7 @@ CASES = [
     (45, "--run-name a\0b", {}, 2, f"--run-name 'a\\x00b'\n{NAME}"),
     (45, f"--run-name {'a' * 300}", {}, 2, f"--run-name {'a' * 197}...\n{NAME}"),
     (45, "--run-name $(id)", {}, 2, f"--run-name $(id)\n{NAME}"),
-    (45, "--run-name a\nb\nc\nd\ne\nf\ng", {}, 2, f"--run-name 'a\\nb\\nc\\nd\\ne\\nf\\ng'\n{NAME}"),
+    (45, f"--run-name {'a' + chr(10) * 9}", {}, 2, f"--run-name 'a{chr(92)}n{NEWLINES}'\n{NAME}"),
     (45, "--run-name \udcff", {}, 2, f"--run-name '\\udcff'\n{NAME}"),
     (45, "--checkpoint-dir " + "a" * 300, {}, 2,
      f"--checkpoint-dir {'a' * 197}...\n  why: file systems keep names of at most 255 bytes\n"
