@@ -138,7 +138,7 @@ def test_dims_that_do_not_divide_work_and_say_what_they_cost():
     and padded inside. A dim of size 1 is held whole, which costs nothing."""
     step = traced(in_shardings=P(None, "tensor")).propagate().partition()
     assert step.in_shardings[0].spec == P()
-    assert [d.kind for d in step.diagnostics] == ["boundary"]
+    assert {d.kind for d in step.diagnostics} == {"boundary"}  # of x, and of the result
     assert "into 4 shards over tensor: held whole" in step.diagnostics[0].text
     narrow = jax.ShapeDtypeStruct((1, 6), jnp.float32)
     step = traced(x=narrow, in_shardings=P("tensor")).propagate().partition()
