@@ -66,7 +66,9 @@ def vocabulary(config: DataConfig) -> int:
       DataError: the files, a tokenizer or a sidecar cannot be read.
     """
     given, needed = config.vocab_size, 0
-    if config.tokenizer:
+    if not (config.tokenizer or config.data):
+        needed, source = Bytes.vocab_size, "text without a --tokenizer"
+    elif config.tokenizer:
         needed = load_tokenizer(config.tokenizer).vocab_size
         source = f"--tokenizer {shown(config.tokenizer)}"
     else:

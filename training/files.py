@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,16 +79,24 @@ def nearest(path: Path) -> str:
 
 def _matching(root: Path, config: DataConfig, given: str) -> list[Path]:
     try:
-        paths = [path for path in root.rglob(config.pattern) if path.is_file()]
+        if config.data:
+            paths = [path for path in root.rglob(config.pattern) if path.is_file()]
+        else:
+            paths = list(_library(root, config.pattern))
     except (OSError, ValueError, NotImplementedError, IndexError) as error:
         why = f"--pattern {shown(config.pattern)} matches nothing: {shown(error)}"
         raise DataError(Problem(given, why, "use a --pattern such as *.txt")) from None
-    if not config.data:
-        paths = [path for path in paths if not _SKIPPED & set(path.relative_to(root).parts)]
     if not paths:
         why = f"the folder holds no file that matches --pattern {shown(config.pattern)}"
         raise DataError(Problem(given, why + _suffixes(root), "give a --pattern that does"))
     return paths
+
+
+def _library(root: Path, pattern: str) -> Iterator[Path]:
+    """Files of the standard library. What is skipped is not entered: it may be far larger."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(set(folders) - _SKIPPED)
+        yield from (Path(folder, name) for name in names if fnmatch.fnmatch(name, pattern))
 
 
 def _suffixes(root: Path) -> str:

@@ -47,6 +47,7 @@ _DIM_FLAGS = {
 _INT_END = 2**31  # of the sizes of dims, and of the counters of steps
 MOST_DEVICES = 4096  # that are simulated
 _LONGEST_NAME = 255  # bytes
+_MOST_HEADS = 256  # that are proposed
 
 # key -> (test, what the value must be)
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
@@ -224,8 +225,8 @@ def _model(model: TransformerConfig) -> list[Problem]:
         why = f"each key/value head serves as many query heads, and {heads} / {kv_heads} leaves"
         why += f" {heads % kv_heads}"
         what = f"--num-heads {heads} --num-kv-heads {kv_heads}"
-        legal = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-        problems.append(Problem(what, why, f"use --num-kv-heads {legal.replace(', ', ' or ')}"))
+        legal = [str(n) for n in range(1, min(heads, _MOST_HEADS) + 1) if heads % n == 0]
+        problems.append(Problem(what, why, f"use --num-kv-heads {' or '.join(legal)}"))
     if model.head_dim % 2:
         why = "rotary embeddings rotate pairs of entries, so it must be even"
         fix = f"use --head-dim {model.head_dim + 1}"
