@@ -16,7 +16,7 @@ from typing import Any
 
 from sharding.errors import Problem, did_you_mean
 from training.config import RunConfig, owners
-from training.errors import shown
+from training.errors import quoted
 
 __all__ = ["parse"]
 
@@ -52,13 +52,13 @@ def parse(argv: list[str]) -> tuple[RunConfig, list[Problem]]:
         problems += file_problems + _unknown_keys(entries, lines, known, path)
         for key, value in entries.items():
             if (name := key.replace("-", "_")) in known:
-                what = f"{key} = {_as_toml(value)} in {shown(path)}{lines.get(key, '')}"
+                what = f"{key} = {_as_toml(value)} in {quoted(path)}{lines.get(key, '')}"
                 if name in values:
                     why = "the key is given twice, with - and with _"
                     problems.append(Problem(what, why, "keep one of them"))
                 _accept(values, problems, known[name], name, value, what)
     for key, text in arguments.items():
-        what = f"--{_flag(key)} {shown(text)}"
+        what = f"--{_flag(key)} {quoted(text)}"
         _accept(values, problems, known[key], key, text, what, from_text=True)
     return _build(defaults, values), problems
 
@@ -69,7 +69,7 @@ def _command_line(argv: list[str], defaults: RunConfig) -> tuple[dict[str, str],
         arguments, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         flag = error.argument_name or "the command line"
-        problem = Problem(flag, shown(error.message), f"see {parser.prog} --help")
+        problem = Problem(flag, quoted(error.message), f"see {parser.prog} --help")
         return {}, [problem]
     flags = [flag for action in parser._actions for flag in action.option_strings]
     problems = []
@@ -77,10 +77,10 @@ def _command_line(argv: list[str], defaults: RunConfig) -> tuple[dict[str, str],
         if word.startswith("-"):
             name = word.split("=")[0]
             why = f"there is no such option{did_you_mean(name, flags)}"
-            problems.append(Problem(shown(name), why, f"{parser.prog} --help lists the options"))
+            problems.append(Problem(quoted(name), why, f"{parser.prog} --help lists the options"))
         elif not problems:
             why = "options begin with --, and each takes one value"
-            problems.append(Problem(shown(word), why, f"{parser.prog} --help lists the options"))
+            problems.append(Problem(quoted(word), why, f"{parser.prog} --help lists the options"))
     return vars(arguments), problems
 
 
@@ -112,7 +112,7 @@ def _parser(defaults: RunConfig) -> argparse.ArgumentParser:
 
 def _read_file(path: str) -> tuple[dict[str, Any], dict[str, str], list[Problem]]:
     """The entries of a TOML file, `, line N` for each, and what is wrong with the file."""
-    given, fix = f"--config {shown(path)}", "name a TOML file with lines such as: steps = 100"
+    given, fix = f"--config {quoted(path)}", "name a TOML file with lines such as: steps = 100"
     try:
         if not Path(path).is_file() and Path(path).exists():
             return {}, {}, [Problem(given, "it is no file", fix)]
@@ -137,10 +137,10 @@ def _unreadable(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"it cannot be read: {error.strerror}"
     if isinstance(error, tomllib.TOMLDecodeError | UnicodeDecodeError):
-        return f"it is not TOML: {shown(error)}"
+        return f"it is not TOML: {quoted(error)}"
     if isinstance(error, RecursionError):
         return "it is nested too deeply, and a configuration not at all"
-    return f"it cannot be read: {shown(error)}"  # a NUL in the path, a number of 5,000 digits
+    return f"it cannot be read: {quoted(error)}"  # a NUL in the path, a number of 5,000 digits
 
 
 def _lines(text: str) -> dict[str, str]:
@@ -161,14 +161,14 @@ def _unknown_keys(
     unknown = [key for key in entries if key.replace("-", "_") not in known]
     problems = []
     for key in unknown[:_MAX_UNKNOWN]:
-        what = f"{shown(key)} = {_as_toml(entries[key])} in {shown(path)}{lines.get(key, '')}"
+        what = f"{quoted(key)} = {_as_toml(entries[key])} in {quoted(path)}{lines.get(key, '')}"
         # The keys are written as attributes here, and may be written as flags too.
         why = f"there is no such key{did_you_mean(key.replace('-', '_'), known)}"
         if isinstance(entries[key], dict):
             why += "; keys stand at the top, without tables"
         problems.append(Problem(what, why, "train.py --help lists the keys"))
     if len(unknown) > _MAX_UNKNOWN:
-        what = f"{len(unknown) - _MAX_UNKNOWN} more keys in {shown(path)}"
+        what = f"{len(unknown) - _MAX_UNKNOWN} more keys in {quoted(path)}"
         problems.append(Problem(what, "there are no such keys", "train.py --help lists the keys"))
     return problems
 
@@ -181,7 +181,7 @@ def _as_toml(value: Any) -> str:
         return "[...]"
     if isinstance(value, bool):
         return str(value).lower()
-    return shown(repr(value) if isinstance(value, str) else value)
+    return quoted(repr(value) if isinstance(value, str) else value)
 
 
 def _accept(

@@ -15,7 +15,7 @@ import numpy as np
 
 from sharding.errors import Problem
 from training.config import DataConfig
-from training.errors import ConfigError, DataError, shown
+from training.errors import ConfigError, DataError, quoted
 from training.files import Files, find_files
 from training.token_files import Tokens, open_tokens, sidecar
 from training.tokenizer import Bytes, Tokenizer, load_tokenizer
@@ -70,10 +70,10 @@ def vocabulary(config: DataConfig) -> int:
         needed, source = Bytes.vocab_size, "text without a --tokenizer"
     elif config.tokenizer:
         needed = load_tokenizer(config.tokenizer).vocab_size
-        source = f"--tokenizer {shown(config.tokenizer)}"
+        source = f"--tokenizer {quoted(config.tokenizer)}"
     else:
         files = find_files(config)
-        source = f"--data {shown(config.data)}"
+        source = f"--data {quoted(config.data)}"
         if not files.tokens:
             needed, source = Bytes.vocab_size, "text without a --tokenizer"
         else:
@@ -108,7 +108,7 @@ def load_corpus(config: DataConfig) -> Corpus:
         why += f" {len(corpus.validation)} to validate; one example is --sequence"
         why += f" {config.sequence} + 1 = {needed} {unit}"
         fix = "name more data, or use a shorter --sequence"
-        raise DataError(Problem(f"--data {shown(config.data or files.root)}", why, fix))
+        raise DataError(Problem(f"--data {quoted(config.data or files.root)}", why, fix))
     return corpus
 
 
@@ -190,8 +190,8 @@ def _read(path: Path, config: DataConfig) -> bytes:
         return path.read_bytes()
     except OSError as error:
         problem = Problem(
-            f"--data {shown(config.data or path)}",
-            f"{shown(path)} cannot be read: {error.strerror}",
+            f"--data {quoted(config.data or path)}",
+            f"{quoted(path)} cannot be read: {error.strerror}",
             "make it readable, or leave it out with --pattern",
         )
         raise DataError(problem) from error

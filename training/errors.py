@@ -11,7 +11,7 @@ __all__ = [
     "DivergedError",
     "Interrupted",
     "TrainingError",
-    "shown",
+    "quoted",
 ]
 
 _LONGEST = 200  # characters of a user's text that a message repeats
@@ -47,7 +47,7 @@ class DivergedError(TrainingError):
     exit_code = 5
 
 
-def shown(text: object) -> str:
+def quoted(text: object) -> str:
     """A user's text as messages repeat it: on one line, without control characters, not endless."""
     found = str(text)
     if not found.isprintable():

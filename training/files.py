@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from sharding.errors import Problem, did_you_mean
 from training.config import DataConfig
-from training.errors import DataError, shown
+from training.errors import DataError, quoted
 
 __all__ = ["TOKEN_SUFFIXES", "Files", "find_files", "nearest"]
 
@@ -45,7 +45,7 @@ def find_files(config: DataConfig) -> Files:
       DataError: there are none, or both text and token ids.
     """
     root = Path(config.data or sysconfig.get_path("stdlib"))
-    given = f"--data {shown(config.data or root)}"
+    given = f"--data {quoted(config.data or root)}"
     if not os.path.exists(root):  # False, too, for names that no file can have
         why = f"there is no such file or folder{nearest(root)}"
         fix = "name a file or folder of text, or of token ids (.bin, .npy)"
@@ -59,8 +59,8 @@ def find_files(config: DataConfig) -> Files:
     tokens = [path for path in paths if path.suffix in TOKEN_SUFFIXES]
     if tokens and len(tokens) < len(paths):
         other = next(path for path in paths if path.suffix not in TOKEN_SUFFIXES)
-        why = f"--pattern {shown(config.pattern)} matches token ids, {shown(tokens[0].name)}, and"
-        why += f" text, {shown(other.name)}"
+        why = f"--pattern {quoted(config.pattern)} matches token ids, {quoted(tokens[0].name)}, and"
+        why += f" text, {quoted(other.name)}"
         fix = f"use a --pattern for one of them, such as *{tokens[0].suffix}"
         raise DataError(Problem(given, why, fix))
     return Files(root, paths, bool(tokens))
@@ -84,10 +84,10 @@ def _matching(root: Path, config: DataConfig, given: str) -> list[Path]:
         else:
             paths = list(_library(root, config.pattern))
     except (OSError, ValueError, NotImplementedError, IndexError) as error:
-        why = f"--pattern {shown(config.pattern)} matches nothing: {shown(error)}"
+        why = f"--pattern {quoted(config.pattern)} matches nothing: {quoted(error)}"
         raise DataError(Problem(given, why, "use a --pattern such as *.txt")) from None
     if not paths:
-        why = f"the folder holds no file that matches --pattern {shown(config.pattern)}"
+        why = f"the folder holds no file that matches --pattern {quoted(config.pattern)}"
         raise DataError(Problem(given, why + _suffixes(root), "give a --pattern that does"))
     return paths
 
@@ -109,4 +109,4 @@ def _suffixes(root: Path) -> str:
     for suffix in filter(None, (Path(name).suffix for name in names)):
         counts[suffix] = counts.get(suffix, 0) + 1
     most = sorted(counts.items(), key=lambda item: -item[1])[:3]
-    return f"; it holds {', '.join(f'{n} of *{shown(s)}' for s, n in most)}" if most else ""
+    return f"; it holds {', '.join(f'{n} of *{quoted(s)}' for s, n in most)}" if most else ""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sharding.errors import Problem
 from training.config import CheckpointConfig
-from training.errors import CheckpointError, shown
+from training.errors import CheckpointError, quoted
 
 __all__ = ["make_folder", "name_problem", "with_folder"]
 
@@ -23,7 +23,7 @@ def name_problem(root: str, name: str) -> Problem | None:
     A name is never a path: whoever may choose names cannot write elsewhere, through a link in
     `root` neither.
     """
-    given = f"--run-name {shown(name)}"
+    given = f"--run-name {quoted(name)}"
     if not _NAME.fullmatch(name) or ".." in name:
         why = "a name has 1 to 64 letters, digits and . _ -, begins with a letter or digit, and"
         why += " has no two dots in a row"
@@ -32,9 +32,9 @@ def name_problem(root: str, name: str) -> Problem | None:
         inside = os.path.realpath(os.path.join(root, name))
         outer = os.path.realpath(root)
     except (OSError, ValueError) as error:  # a NUL in the root
-        return Problem(f"--output-root {shown(root)}", shown(error), "name a folder")
+        return Problem(f"--output-root {quoted(root)}", quoted(error), "name a folder")
     if os.path.dirname(inside) != outer:
-        why = f"it is a link to {shown(inside)}, which is not in --output-root {shown(root)}"
+        why = f"it is a link to {quoted(inside)}, which is not in --output-root {quoted(root)}"
         return Problem(given, why, "use another name, or remove the link")
     return None
 
@@ -59,7 +59,7 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         problem = Problem(
-            f"--checkpoint-dir {shown(folder)}",
+            f"--checkpoint-dir {quoted(folder)}",
             f"the folder cannot be made: {error.strerror}",
             "name a folder that can be written",
         )

@@ -10,7 +10,7 @@ from rich.console import Console
 from sharding.errors import Problem
 from spmd import chips
 from training.config import RunConfig
-from training.errors import ConfigError, shown
+from training.errors import ConfigError, quoted
 from training.program import Plan, plan
 from training.report import human_bytes
 
@@ -44,7 +44,7 @@ def check_memory(console: Console, planned: Plan) -> None:
         return
     memory = planned.partitioned.report().memory
     largest = ", ".join(
-        f"{shown(buffer.name)} {human_bytes(buffer.bytes)}"
+        f"{quoted(buffer.name)} {human_bytes(buffer.bytes)}"
         for buffer in memory.live(memory.at)[:_SHOWN]
     )
     problem = Problem(

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sharding.errors import Problem
-from training.errors import DataError, shown
+from training.errors import DataError, quoted
 from training.files import Files
 
 __all__ = ["TokenFile", "Tokens", "open_tokens", "sidecar"]
@@ -154,7 +154,7 @@ def check_ids(file: TokenFile, position: int, ids: np.ndarray, vocab_size: int) 
     at = int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
     byte = file.offset + (position + at) * file.dtype.itemsize
     problem = Problem(
-        f"{shown(file.path)}, token {position + at} (byte {byte}), has the id {ids[at]}",
+        f"{quoted(file.path)}, token {position + at} (byte {byte}), has the id {ids[at]}",
         f"the vocabulary has {vocab_size} ids, 0 to {vocab_size - 1}",
         "use the tokenizer that made the file, a larger --vocab-size, or the right --token-dtype",
     )
@@ -173,7 +173,7 @@ def _describe(path: Path, name: str, token_dtype: str, start: int) -> TokenFile:
     if size % dtype.itemsize and not offset:
         why = f"its {size} bytes are no multiple of the {dtype.itemsize} of a {dtype}"
         fix = "write it again if it was cut short, or give the right --token-dtype"
-        raise DataError(Problem(shown(path), why, fix))
+        raise DataError(Problem(quoted(path), why, fix))
     return TokenFile(path, name, dtype, offset, size, start)
 
 
@@ -182,8 +182,8 @@ def _bin_dtype(path: Path, token_dtype: str) -> np.dtype:
     if said is None:
         why = "a .bin file does not say whether its ids are uint16 or uint32"
         fix = 'give --token-dtype uint16, or write {"dtype": "uint16"} into '
-        fix += shown(path.with_suffix(".json").name)
-        raise DataError(Problem(shown(path), why, fix))
+        fix += quoted(path.with_suffix(".json").name)
+        raise DataError(Problem(quoted(path), why, fix))
     return np.dtype(said).newbyteorder("<")
 
 
@@ -198,12 +198,12 @@ def _npy_header(path: Path) -> tuple[np.dtype, int, int]:
     except Exception as error:  # a header can be wrong in any way
         mapped = error
     if not isinstance(mapped, np.memmap):
-        why = f"it is no whole .npy file: {shown(mapped)}"
-        raise DataError(Problem(shown(path), why, "write it with numpy.save"))
+        why = f"it is no whole .npy file: {quoted(mapped)}"
+        raise DataError(Problem(quoted(path), why, "write it with numpy.save"))
     if mapped.ndim != 1 or mapped.dtype.kind not in "iu":
         why = f"it holds {mapped.dtype}{list(mapped.shape)}, and token ids are integers in one dim"
         fix = "save ids.reshape(-1).astype(numpy.uint16), or uint32"
-        raise DataError(Problem(shown(path), why, fix))
+        raise DataError(Problem(quoted(path), why, fix))
     return mapped.dtype, mapped.offset, mapped.offset + mapped.nbytes
 
 
@@ -215,16 +215,16 @@ def _read_sidecar(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(_unreadable(path, error)) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(Problem(shown(path), f"it is no JSON: {shown(error)}", fix)) from None
+        raise DataError(Problem(quoted(path), f"it is no JSON: {quoted(error)}", fix)) from None
     if not isinstance(said, dict):
-        raise DataError(Problem(shown(path), f"it holds a {type(said).__name__}", fix))
+        raise DataError(Problem(quoted(path), f"it holds a {type(said).__name__}", fix))
     if said.get("dtype", "uint16") not in ("uint16", "uint32"):
-        why = f"dtype is {shown(said['dtype'])}, and ids are uint16 or uint32"
-        raise DataError(Problem(shown(path), why, fix))
+        why = f"dtype is {quoted(said['dtype'])}, and ids are uint16 or uint32"
+        raise DataError(Problem(quoted(path), why, fix))
     vocab_size = said.get("vocab_size", 1)
     if type(vocab_size) is not int or not 1 <= vocab_size < 2**31:
-        why = f"vocab_size is {shown(vocab_size)}, and it must be a whole number from 1 to 2^31-1"
-        raise DataError(Problem(shown(path), why, fix))
+        why = f"vocab_size is {quoted(vocab_size)}, and it must be a whole number from 1 to 2^31-1"
+        raise DataError(Problem(quoted(path), why, fix))
     return said
 
 
@@ -264,7 +264,7 @@ def _read(file: TokenFile, opened: int, position: int, count: int) -> np.ndarray
             size = os.fstat(opened).st_size
             why = f"it had {file.size} bytes when the run began and has {size}"
             fix = "put the whole file back; --resume must then goes on from the last checkpoint"
-            raise DataError(Problem(f"{shown(file.path)} was cut short", why, fix))
+            raise DataError(Problem(f"{quoted(file.path)} was cut short", why, fix))
         parts.append(part)
         begin, needed = begin + len(part), needed - len(part)
     return np.frombuffer(b"".join(parts), file.dtype)
@@ -272,4 +272,4 @@ def _read(file: TokenFile, opened: int, position: int, count: int) -> np.ndarray
 
 def _unreadable(path: Path, error: OSError) -> Problem:
     fix = "put it back, or make it readable; --resume must then goes on from the last checkpoint"
-    return Problem(shown(path), f"it cannot be read: {error.strerror or error}", fix)
+    return Problem(quoted(path), f"it cannot be read: {error.strerror or error}", fix)

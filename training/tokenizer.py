@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sharding.errors import Problem
-from training.errors import ConfigError, DataError, shown
+from training.errors import ConfigError, DataError, quoted
 
 __all__ = ["Bytes", "FileTokenizer", "Tokenizer", "load_tokenizer"]
 
@@ -74,7 +74,7 @@ class FileTokenizer:
             decoded = text.decode("utf-8")
         except UnicodeDecodeError as error:
             problem = Problem(
-                shown(source),
+                quoted(source),
                 f"byte {error.start} is 0x{text[error.start]:02x}, which is not UTF-8 there, and"
                 " a tokenizer reads characters",
                 "convert the file, or leave it out with --pattern",
@@ -99,7 +99,7 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 @functools.lru_cache(maxsize=1)
 def _load(path: str) -> FileTokenizer:
-    given = f"--tokenizer {shown(path)}"
+    given = f"--tokenizer {quoted(path)}"
     try:
         from tokenizers import Tokenizer as Loader
     except ImportError:
@@ -116,6 +116,6 @@ def _load(path: str) -> FileTokenizer:
         why = f"it cannot be read: {error.strerror}"
         raise DataError(Problem(given, why, "name a tokenizer.json")) from None
     except Exception as error:  # tokenizers raises plain Exceptions
-        why = f"it is no tokenizer: {shown(error)}"
+        why = f"it is no tokenizer: {quoted(error)}"
         raise DataError(Problem(given, why, "name a tokenizer.json")) from None
     return FileTokenizer(loaded, hashlib.sha256(written).hexdigest()[:16])

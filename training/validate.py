@@ -24,7 +24,7 @@ from models.shardings import (
 from models.transformer import TransformerConfig
 from sharding.errors import Problem, did_you_mean
 from training.config import CheckpointConfig, MeshConfig, RunConfig
-from training.errors import shown
+from training.errors import quoted
 from training.files import nearest
 from training.folders import name_problem
 
@@ -103,7 +103,7 @@ def resolve_mesh(run: RunConfig, devices: int) -> dict[str, int]:
 
 def _read_mesh(text: str, devices: int) -> tuple[dict[str, int], list[Problem]]:
     """The sizes that `--mesh` names, with -1 filled in; and what is wrong with it."""
-    shown = f"--mesh {text}"
+    shown = f"--mesh {quoted(text)}"
     mesh, problems = _parse_mesh(text, shown)
     if problems:
         return mesh, problems
@@ -127,7 +127,7 @@ def _parse_mesh(text: str, shown: str) -> tuple[dict[str, int], list[Problem]]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*([a-z]+)\s*=\s*(-?\d{1,9})\s*", part)
         if not match:
-            why = f"{part!r} is not of the form axis=size"
+            why = f"{quoted(part)!r} is not of the form axis=size"
             problems.append(Problem(shown, why, "write it like data=2,tensor=4"))
             continue
         name, size = match[1], int(match[2])
@@ -171,8 +171,8 @@ def _axes_used(mesh: Mapping[str, int], config: MeshConfig) -> list[Problem]:
 def _parallelism(text: str) -> list[Problem]:
     return [
         Problem(
-            f"--parallelism {shown(text)}",
-            f"there is no table {shown(part)!r}{did_you_mean(part, PARALLELISMS)}",
+            f"--parallelism {quoted(text)}",
+            f"there is no table {quoted(part)!r}{did_you_mean(part, PARALLELISMS)}",
             f"join tables with +, from {', '.join(PARALLELISMS)}",
         )
         for part in components(text)
@@ -237,7 +237,7 @@ def _model(model: TransformerConfig) -> list[Problem]:
 def _folders(checkpoint: CheckpointConfig) -> list[Problem]:
     problems = []
     folder, name = checkpoint.checkpoint_dir, checkpoint.run_name
-    given = f"--checkpoint-dir {shown(folder)}"
+    given = f"--checkpoint-dir {quoted(folder)}"
     if name and (problem := name_problem(checkpoint.output_root, name)):
         problems.append(problem)
     elif name and folder:
@@ -246,7 +246,7 @@ def _folders(checkpoint: CheckpointConfig) -> list[Problem]:
         problems.append(Problem(what, why, "keep one of them"))
     elif name:
         folder = os.path.join(checkpoint.output_root, name)
-        given = f"--run-name {name} --output-root {shown(checkpoint.output_root)}"
+        given = f"--run-name {name} --output-root {quoted(checkpoint.output_root)}"
     if "\0" in folder or os.path.exists(folder) and not os.path.isdir(folder):
         problems.append(Problem(given, "it is not a folder", "name a folder, or a new one"))
     elif any(len(os.fsencode(part)) > _LONGEST_NAME for part in folder.split(os.sep)):
