@@ -69,7 +69,7 @@ def test_it_goes_on_with_a_warning_where_that_is_asked_for(planned):
     check_memory(Console(file=written, width=1000), dataclasses.replace(planned, run=ignored))
     assert written.getvalue().startswith("warning: a step needs ")
     obeyed = dataclasses.replace(planned.run, model=model)
-    with pytest.raises(ConfigError, match="fix: use a --mesh with fsdp in place of data, a --batch"):
+    with pytest.raises(ConfigError, match="fix: use a --mesh with fsdp in place of data, "):
         check_memory(Console(file=written), dataclasses.replace(planned, run=obeyed))
 
 

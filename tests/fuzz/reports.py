@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import random
@@ -100,9 +101,9 @@ def _mutate_value(rng: random.Random, data: Any) -> None:
         elif kind == 1 and isinstance(here, dict):
             here[str(rng.choice(_VALUES[:18])).replace("\ud800", "x")] = here.pop(key)
         elif kind == 1:
-            here.append(rng.choice(here))
+            here.append(copy.deepcopy(rng.choice(here)))
         elif kind == 2 and isinstance(below, int | float) and not isinstance(below, bool):
             here[key] = rng.choice((-below, below + 1, below - 1, below * 10**9, float(below)))
         else:
-            here[key] = rng.choice(_VALUES)
+            here[key] = copy.deepcopy(rng.choice(_VALUES))
         return
