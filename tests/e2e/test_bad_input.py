@@ -5,13 +5,19 @@ compiled, and writes nothing. Rows about the library are in tests/unit/test_bad_
 """
 
 import json
+import os
+import pathlib
 import re
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 
 import train
 
+TRAIN = pathlib.Path(train.__file__)
 SMALL = "--num-layers 1 --embed-dim 32 --mlp-dim 64 --head-dim 8 --sequence 32 --batch 8"
 TEXT = "--data text"
 TOKENS = "--data tokens.bin --vocab-size 1000"
@@ -269,8 +275,9 @@ def test_bad_input_ends_with_its_code_and_message(
     row, options, files, code, message, folder, capsys
 ):
     write(folder, files)
-    before = listed(folder)
+    before, started = listed(folder), time.process_time()
     assert train.main(words(options)) == code
+    assert time.process_time() - started < 2  # of this process: others may keep it waiting
     out, err = capsys.readouterr()
     assert err == f"error: {message}\n"
     assert len(err.splitlines()) <= 6
@@ -321,3 +328,22 @@ def test_sidecars_say_dtype_and_vocabulary(folder, monkeypatch):
     (folder / "tokens.json").write_text(json.dumps({"dtype": "uint16", "vocab_size": 1024}))
     run, _ = train.configure(words("--data tokens.bin"))
     assert run.model.vocab_size == 1024
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ("--run-name ../x", 2, f"--run-name ../x\n{NAME}"),
+        ("--data none", 3,
+         "--data none\n  why: there is no such file or folder\n"
+         "  fix: name a file or folder of text, or of token ids (.bin, .npy)"),
+    ],
+)  # fmt: skip
+def test_whole_processes_end_so_too(options, code, message, tmp_path):
+    write_files(tmp_path)
+    before = listed(tmp_path)
+    command = [sys.executable, str(TRAIN), *words(options)]
+    environ = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, f"error: {message}\n")
+    assert listed(tmp_path) == before
