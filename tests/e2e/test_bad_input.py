@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 
 import train
+from training.checkpoint import Checkpoints, identity
+from training.errors import CheckpointError
 
 TRAIN = pathlib.Path(train.__file__)
 SMALL = "--num-layers 1 --embed-dim 32 --mlp-dim 64 --head-dim 8 --sequence 32 --batch 8"
@@ -286,6 +288,8 @@ def test_bad_input_ends_with_its_code_and_message(
 
 
 def test_rows_of_options_and_data_are_all_here():
+    """Rows 40 and 45 have tests of their own, too, row 46 is in test_memory_limit.py, and 42 to 44
+    are those of checkpoints."""
     mine = {*range(1, 8), 11, 13, 18, *range(28, 40), 41, 45}
     assert {case[0] for case in CASES} == mine
 
@@ -305,6 +309,28 @@ def test_dots_in_texts_are_no_depth(folder):
     prompt = "a." * 50
     (folder / "run.toml").write_text(f"prompt = '{prompt}'  # {prompt}\n")
     assert train.configure(words("--config run.toml"))[0].sample.prompt == prompt
+
+
+def test_changed_data_is_refused_unless_that_is_allowed(folder, monkeypatch):
+    """Row 40."""
+    run, _ = train.configure(words("--run-name a"))
+    checkpoints = Checkpoints(folder / "runs" / "a", keep=1)
+    record = identity(run, train.load_corpus(run.data))
+    monkeypatch.setattr(checkpoints, "latest", lambda: 5)
+    monkeypatch.setattr(checkpoints, "_restore", lambda *given: {"record": record})
+    assert train.find_step(run, train.load_corpus(run.data), checkpoints) == 5
+    (folder / "text" / "a.py").write_text("def g(x):\n    return x\n" * 100)
+    changed = train.load_corpus(run.data)
+    with pytest.raises(CheckpointError) as error:
+        train.find_step(run, changed, checkpoints)
+    assert str(error.value) == (
+        f"{folder}/runs/a, step 5: text is {record['text']}\n  why: this run has"
+        f" {changed.fingerprint}, so the state would not mean the same\n"
+        "  fix: name the data that the run began with, or give --allow-data-change"
+    )
+    assert error.value.exit_code == 4
+    allowed, _ = train.configure(words("--run-name a --allow-data-change"))
+    assert train.find_step(allowed, changed, checkpoints) == 5
 
 
 def test_many_unknown_keys_are_counted(folder, capsys):
