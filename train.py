@@ -33,9 +33,11 @@ from training import hosts
 from training.checkpoint import Checkpoints, identity
 from training.cli import parse
 from training.config import RunConfig
-from training.data import Corpus, load_corpus, unigram_entropy
-from training.errors import CheckpointError, ConfigError, Interrupted
+from training.data import Corpus, load_corpus, unigram_entropy, vocabulary
+from training.errors import CheckpointError, ConfigError, DataError, Interrupted
+from training.folders import make_folder, with_folder
 from training.loop import Loop
+from training.memory import check_memory
 from training.mesh_text import mesh_text, read_across
 from training.program import Plan, plan
 from training.report import print_config, print_plan
@@ -66,6 +68,8 @@ def main(argv: list[str]) -> int:
         planned = plan(run, make_mesh(mesh_sizes, across))
         print_plan(console, planned)
         hosts.agree_on_plan(planned, corpus, resumed)
+        check_memory(console, planned)
+        make_folder(checkpoints.folder)
         checkpoints.open()
         train(console, planned, corpus, checkpoints, resumed)
     except SpmdError as error:
@@ -93,6 +97,7 @@ def configure(argv: list[str]) -> tuple[RunConfig, dict[str, int]]:
 
     Raises:
       ConfigError: all that is wrong with the options.
+      DataError: the options are right, and the data that they name is not.
     """
     run, problems = parse(argv)
     problems += hosts.join(run, problems)
@@ -103,23 +108,42 @@ def configure(argv: list[str]) -> tuple[RunConfig, dict[str, int]]:
             devices, nodes = machine.devices, machine.slices
         except MeshError as error:
             problems += error.problems
+    run, unreadable = with_vocabulary(run, problems)
     problems += validate(run, devices, nodes, processes.count())
     if problems:
         raise ConfigError(*problems)
+    if unreadable:
+        raise unreadable
     sizes = resolve_mesh(run, devices)
     model, checkpoint = run.model, run.checkpoint
     if model.dtype == "auto":
         # A CPU has no bfloat16 arithmetic of its own.
         on_cpu = not run.mesh.aot and jax.default_backend() == "cpu"
         model = dataclasses.replace(model, dtype="float32" if on_cpu else "bfloat16")
-    if not checkpoint.checkpoint_dir:
-        folder = processes.broadcast(
-            "the folder of the run", time.strftime("runs/%Y%m%d-%H%M%S"), hosts.AGREE_S
-        )
-        checkpoint = dataclasses.replace(checkpoint, checkpoint_dir=folder)
+    folder = with_folder(checkpoint).checkpoint_dir
+    folder = processes.broadcast("the folder of the run", folder, hosts.AGREE_S)
+    checkpoint = dataclasses.replace(checkpoint, checkpoint_dir=folder)
     shown = mesh_text(sizes, read_across(run.mesh.mesh, sizes))
     mesh = dataclasses.replace(run.mesh, mesh=shown, devices=devices)
     return dataclasses.replace(run, mesh=mesh, model=model, checkpoint=checkpoint), sizes
+
+
+def with_vocabulary(run: RunConfig, problems: list[Problem]) -> tuple[RunConfig, DataError | None]:
+    """The configuration with the vocabulary that its data needs.
+
+    What is wrong with the options goes to `problems`. What is wrong with the data is returned:
+    it has an exit code of its own, and is told when the options are right.
+    """
+    try:
+        size = vocabulary(run.data)
+    except ConfigError as error:
+        problems += error.problems
+    except DataError as error:
+        return run, error
+    else:
+        model = dataclasses.replace(run.model, vocab_size=size)
+        return dataclasses.replace(run, model=model), None
+    return run, None
 
 
 def compile_ahead(console: Console, run: RunConfig, mesh_sizes: dict[str, int]) -> int:
@@ -160,7 +184,10 @@ def find_step(run: RunConfig, corpus: Corpus, checkpoints: Checkpoints) -> int |
         why = f"the folder holds step {latest} of another run, and the two would be mixed up"
         raise CheckpointError(Problem(shown, why, "name a new folder, or use --resume auto"))
     if latest is not None:
-        checkpoints.check(latest, identity(run, corpus))
+        expected = identity(run, corpus)
+        if run.data.allow_data_change:
+            del expected["text"]
+        checkpoints.check(latest, expected)
     return latest
 
 
@@ -188,20 +215,21 @@ def train(
         loss = loop.validate(int(state.step), state)
     entropy = unigram_entropy(corpus.validation)
     console.print(
-        f"unigram entropy of the validation bytes {entropy:.4f} nats;"
+        f"unigram entropy of the validation {corpus.unit} {entropy:.4f} nats;"
         f" validation loss / entropy = {loss / entropy:.1%}",
         highlight=False,
     )
-    if planned.run.sample.sample_bytes:
-        text, cache = sample(planned, state.params)
+    if planned.run.sample.sample_bytes and corpus.tokenizer is not None:
+        text, cache = sample(planned, corpus.tokenizer, state.params)
         console.print(f"sample (cache {cache}):", highlight=False, markup=False)
-        console.print(text.decode("utf-8", "replace"), highlight=False, markup=False)
+        console.print(text, highlight=False, markup=False)
 
 
 def resume_command(argv: list[str], checkpoints: Checkpoints | None) -> str:
     """The command that continues the run that `argv` started."""
     words = ["python", "train.py", *argv]
-    if "--checkpoint-dir" not in " ".join(argv) and checkpoints is not None:
+    named = "--checkpoint-dir" in " ".join(argv) or parse(argv)[0].checkpoint.run_name
+    if not named and checkpoints is not None:
         words += ["--checkpoint-dir", str(checkpoints.folder)]
     return shlex.join([*words, "--resume", "must"])  # the last --resume wins
 

@@ -13,7 +13,7 @@ from sharding.mesh import MeshShape
 from sharding.program import Program, Value
 from sharding.spec import Sharding
 from sharding.stated import annotations_in
-from spmd.arguments import Arguments, broadcast, output_names, spec_on
+from spmd.arguments import Arguments, broadcast, check_no_tuple_spec, output_names, spec_on
 from spmd.devices import device_text, same_mesh
 from spmd.options import Options, sharding_of
 
@@ -83,6 +83,7 @@ def given_entries(arguments: Arguments, options: Options) -> list[Any]:
         args, _ = jax.tree.unflatten(arguments.tree, arguments.leaves)
         prefix = options.in_shardings
         if type(prefix) is tuple and len(prefix) != len(args):
+            check_no_tuple_spec(prefix, "in_shardings")
             raise ArgumentError(_miscounted(len(prefix), len(args), arguments.keywords))
         entries = broadcast(prefix, args, "in_shardings")
         given[: len(entries)] = entries

@@ -186,14 +186,35 @@ def broadcast(prefix: Any, tree: Any, what: str) -> list[Any]:
     try:
         jax.tree.map(spread, prefix, tree, is_leaf=is_entry)
     except ValueError as error:
+        check_no_tuple_spec(prefix, what)
+        reason = " ".join(str(error).split())
         raise ArgumentError(
             Problem(
                 f"{what} has structure {jax.tree.structure(prefix, is_leaf=is_entry)}",
-                f"it must be a prefix of {jax.tree.structure(tree)}: {error}",
+                f"it must be a prefix of {jax.tree.structure(tree)}: {reason}",
                 f"give {what} one entry per {_part(what)}, or one for all of them",
             )
         ) from None
     return found
+
+
+def check_no_tuple_spec(prefix: Any, what: str) -> None:
+    """Raises ArgumentError where a pytree of shardings holds a tuple of axis names: a spec."""
+
+    def is_names(x: Any) -> bool:
+        return isinstance(x, str) or type(x) is tuple and all(isinstance(n, str) for n in x)
+
+    def is_spec(x: Any) -> bool:
+        return type(x) is tuple and any(x) and all(n is None or is_names(n) for n in x)
+
+    for given in jax.tree.leaves(prefix, is_leaf=is_spec):
+        if is_spec(given):
+            problem = Problem(
+                f"{what} holds the tuple {given}",
+                "a tuple is a pytree of shardings, with one for each part of an argument",
+                f"for one sharding write P{given if len(given) > 1 else f'({given[0]!r})'}",
+            )
+            raise ArgumentError(problem)
 
 
 def _part(what: str) -> str:

@@ -94,7 +94,15 @@ def source(jitted: Any, arguments: Arguments, options: Options) -> Any:
 def _under(mesh: Any, jitted: Any, arguments: Arguments, leaves: Sequence[Any]) -> Any:
     args, kwargs = rebuild(arguments, leaves)
     with under(mesh), one_mesh(MeshShape.of(mesh)):
-        return jitted.trace(*args, **kwargs)
+        try:
+            return jitted.trace(*args, **kwargs)
+        except AssertionError as error:
+            if not error.args:
+                error.add_note(
+                    "JAX says no more than that where psum, pmax, pmin or ppermute name an axis"
+                    f" that no mesh around them has; here the mesh is {MeshShape.of(mesh)}"
+                )
+            raise
 
 
 def _typed(arguments: Arguments, options: Options) -> list[Any]:

@@ -86,7 +86,9 @@ class Checkpoints:
             Problem(
                 f"{self.folder}, step {step}: {key} is {found.get(key)}",
                 f"this run has {expected[key]}, so the state would not mean the same",
-                "give this run the same value, or another --checkpoint-dir",
+                "name the data that the run began with, or give --allow-data-change"
+                if key == "text"
+                else "give this run the same value, or another --checkpoint-dir",
             )
             for key in expected
             if found.get(key) != expected[key]

@@ -47,6 +47,10 @@ class MeshConfig:
     aot: str = option(
         "", "compile the step for this TPU topology, e.g. v5p:4x4x4, without a TPU, and stop"
     )
+    memory_limit: float = option(
+        0.0, "GiB that a step may take per device; 0: what the device has, where that is known"
+    )
+    ignore_memory_limit: bool = option(False, "go on where the predicted memory is over the limit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +73,18 @@ class ProcessConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The text that is learnt."""
+    """What is learnt: text, or token ids in .bin and .npy files."""
 
     data: str = option("", "a file or a folder; default: Python's own standard library")
-    pattern: str = option("*.py", "the files of a folder that are read")
+    pattern: str = option("*.py", "the files of a folder that are read, e.g. *.txt or *.bin")
+    tokenizer: str = option("", "a tokenizer.json (needs the extra tokenizers); default: bytes")
+    token_dtype: str = option(
+        "auto", "of .bin files; auto: as the .json beside them says", ("auto", "uint16", "uint32")
+    )
+    vocab_size: int = option(0, "number of token ids of the model; 0: as many as the data needs")
     validation: float = option(0.05, "share of the text held out for validation")
-    sequence: int = option(128, "bytes per training example")
+    sequence: int = option(128, "tokens per training example, bytes without a tokenizer")
+    allow_data_change: bool = option(False, "resume although the data is not what it was")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +115,9 @@ class TrainConfig:
 class CheckpointConfig:
     """Where the state is kept, and whether a run starts from it."""
 
-    checkpoint_dir: str = option("", "default: a new folder runs/<date>-<time>, made by the run")
+    checkpoint_dir: str = option("", "default: the folder --run-name in --output-root")
+    output_root: str = option("runs", "where runs have their folders")
+    run_name: str = option("", "default: date and time")
     checkpoint_every: int = option(100, "steps between checkpoints; 0: at the end only")
     keep: int = option(3, "newest checkpoints that are kept")
     resume: str = option(
@@ -117,9 +129,9 @@ class CheckpointConfig:
 class SampleConfig:
     """The text generated at the end."""
 
-    sample_bytes: int = option(160, "bytes to generate; 0 for none")
+    sample_bytes: int = option(160, "bytes to generate, tokens with a tokenizer; 0 for none")
     prompt: str = option("def ", "the text that is continued")
-    temperature: float = option(0.8, "0 takes the likeliest byte; 1 draws from the model")
+    temperature: float = option(0.8, "0 takes the likeliest token; 1 draws from the model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +148,8 @@ class RunConfig:
     sample: SampleConfig = SampleConfig()
 
 
-# The model reads bytes, so this one is no option.
-_FIXED = frozenset({"vocab_size"})
+# Follows from the data.
+_FIXED = frozenset({("model", "vocab_size")})
 
 
 def owners(run: RunConfig) -> dict[str, tuple[str, dataclasses.Field]]:
@@ -146,5 +158,5 @@ def owners(run: RunConfig) -> dict[str, tuple[str, dataclasses.Field]]:
         field.name: (component.name, field)
         for component in dataclasses.fields(run)
         for field in dataclasses.fields(getattr(run, component.name))
-        if field.name not in _FIXED
+        if (component.name, field.name) not in _FIXED
     }

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from sharding.errors import SpmdError
 
-__all__ = ["CheckpointError", "ConfigError", "DivergedError", "Interrupted", "TrainingError"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DivergedError",
+    "Interrupted",
+    "TrainingError",
+    "quoted",
+]
+
+_LONGEST = 200  # characters of a user's text that a message repeats
 
 
 class TrainingError(SpmdError):
@@ -19,6 +29,12 @@ class ConfigError(TrainingError):
     exit_code = 2
 
 
+class DataError(TrainingError):
+    """What is learnt cannot be read, or is not what it should be."""
+
+    exit_code = 3
+
+
 class CheckpointError(TrainingError):
     """A checkpoint cannot be written or read, or belongs to another run."""
 
@@ -29,6 +45,14 @@ class DivergedError(TrainingError):
     """The loss is no longer a finite number."""
 
     exit_code = 5
+
+
+def quoted(text: object) -> str:
+    """A user's text as messages repeat it: on one line, without control characters, not endless."""
+    found = str(text)
+    if not found.isprintable():
+        found = repr(found)
+    return found if len(found) <= _LONGEST else f"{found[: _LONGEST - 3]}..."
 
 
 class Interrupted(Exception):

@@ -26,6 +26,7 @@ from training.data import Corpus
 from training.errors import ConfigError
 from training.mesh_text import read_across, read_mesh
 from training.program import Plan
+from training.validate import MOST_DEVICES
 
 __all__ = ["agree_on_plan", "join"]
 
@@ -62,7 +63,7 @@ def join(run: RunConfig, problems: list[Problem]) -> list[Problem]:
     except ClusterError as error:
         cluster, wrong = None, list(error.problems)
     count = cluster.processes if cluster else 1
-    devices = max(run.mesh.devices, 1)
+    devices = min(max(run.mesh.devices, 1), MOST_DEVICES)
     mesh, _ = read_mesh(run.mesh.mesh, devices)
     nodes = prod(size for size in read_across(run.mesh.mesh, mesh).values() if size > 1)
     simulate(max(devices // count, 1), nodes)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from math import prod
 
 from sharding.errors import Problem, did_you_mean
+from training.errors import quoted
 
 __all__ = ["AXES", "across_problem", "mesh_text", "read_across", "read_mesh"]
 
@@ -16,7 +17,7 @@ _PART = re.compile(r"\s*([a-z]+)\s*=\s*(-?\d{1,9})\s*(@\s*[a-z]*)?\s*")
 
 def read_mesh(text: str, devices: int) -> tuple[dict[str, int], list[Problem]]:
     """The sizes that `--mesh` names, with -1 filled in; and what is wrong with it."""
-    shown = f"--mesh {text}"
+    shown = f"--mesh {quoted(text)}"
     mesh, problems = _parse(text, shown)
     if problems:
         return mesh, problems
@@ -52,7 +53,7 @@ def _parse(text: str, shown: str) -> tuple[dict[str, int], list[Problem]]:
     for part in text.split(","):
         match = _PART.fullmatch(part)
         if not match:
-            why = f"{part!r} is not of the form axis=size"
+            why = f"{quoted(part)!r} is not of the form axis=size"
             problems.append(Problem(shown, why, "write it like data=2,tensor=4"))
             continue
         name, size = match[1], int(match[2])

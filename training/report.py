@@ -40,7 +40,8 @@ def print_config(console: Console, run: RunConfig, corpus: Corpus | None = None)
     if corpus is None:
         return
     console.print(
-        f"text: {len(corpus.train):,} bytes to train on, {len(corpus.validation):,} held out,"
+        f"data: {len(corpus.train):,} {corpus.unit} to train on,"
+        f" {len(corpus.validation):,} held out,"
         f" from {corpus.num_files:,} files of {corpus.source}",
         highlight=False,
     )

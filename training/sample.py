@@ -18,11 +18,12 @@ from models.transformer import Cache, Transformer, TransformerConfig, init_cache
 from sharding import shard
 from training.program import Plan
 from training.report import sharding_text
+from training.tokenizer import Tokenizer
 
 __all__ = ["decode", "prefill", "sample"]
 
 
-def sample(plan: Plan, params: Any) -> tuple[bytes, str]:
+def sample(plan: Plan, tokenizer: Tokenizer, params: Any) -> tuple[str, str]:
     """Continues the prompt of the configuration.
 
     Args:
@@ -32,7 +33,10 @@ def sample(plan: Plan, params: Any) -> tuple[bytes, str]:
       The prompt with its continuation, and the sharding of the cache as text.
     """
     options, model = plan.run.sample, plan.run.model
-    prompt = np.frombuffer(options.prompt.encode() or b"\n", np.uint8).astype(np.int32)
+    text = (options.prompt or "\n").encode(errors="replace")
+    prompt = tokenizer.encode(text, "--prompt").astype(np.int32)
+    if not len(prompt):  # a tokenizer may make nothing of spaces
+        prompt = np.zeros(1, np.int32)
     # As many samples as the batch has shards, so that the cache divides evenly; one is shown.
     count = shards(dict(plan.rules).get("batch"), dict(plan.mesh.shape))
     prompt_BS = np.tile(prompt, (count, 1))
@@ -54,7 +58,7 @@ def sample(plan: Plan, params: Any) -> tuple[bytes, str]:
     # Samples lie in all processes, and each of them prints or returns the first.
     token_B, tokens_BN = multihost_utils.process_allgather((token_B, tokens_BN), tiled=True)
     new = [token_B[:1], tokens_BN[0]]
-    return bytes(np.concatenate([prompt, *new]).astype(np.uint8)), cache_text
+    return tokenizer.decode(np.concatenate([prompt, *new])), cache_text
 
 
 def prefill(

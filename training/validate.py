@@ -6,6 +6,7 @@ Every check gives the problems it finds as a list; nothing is raised and nothing
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -21,9 +22,12 @@ from models.shardings import (
 from models.transformer import TransformerConfig
 from sharding.errors import Problem, did_you_mean
 from training.config import CheckpointConfig, MeshConfig, RunConfig
+from training.errors import quoted
+from training.files import nearest
+from training.folders import name_problem
 from training.mesh_text import AXES, across_problem, read_across, read_mesh
 
-__all__ = ["AXES", "resolve_mesh", "validate"]
+__all__ = ["AXES", "MOST_DEVICES", "resolve_mesh", "validate"]
 
 _SEED_END = 2**32
 
@@ -35,22 +39,32 @@ _DIM_FLAGS = {
     "embed": "--embed-dim",
     "kv_heads": "--num-kv-heads",
     "mlp": "--mlp-dim",
-    "vocab": "the number of byte values,",
+    "vocab": "--vocab-size",
 }
+
+_INT_END = 2**31  # of the sizes of dims, and of the counters of steps
+MOST_DEVICES = 4096  # that are simulated
+_LONGEST_NAME = 255  # bytes
+_MOST_HEADS = 256  # that are proposed
 
 # key -> (test, what the value must be)
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     **{
-        key: (lambda value: value >= 1, "1 or more")
+        key: (lambda value: 1 <= value < _INT_END, "from 1 to 2^31 - 1")
         for key in (
-            "num_layers embed_dim mlp_dim num_heads num_kv_heads head_dim devices sequence batch"
-            " steps eval_every eval_batches log_every keep"
+            "num_layers embed_dim mlp_dim num_heads num_kv_heads head_dim sequence batch steps"
+            " eval_every eval_batches log_every keep"
         ).split()
     },
     **{
-        key: (lambda value: value >= 0, "0 or more")
-        for key in "checkpoint_every sample_bytes temperature weight_decay".split()
+        key: (lambda value: 0 <= value < _INT_END, "from 0 to 2^31 - 1")
+        for key in "checkpoint_every sample_bytes vocab_size".split()
     },
+    **{
+        key: (lambda value: value >= 0, "0 or more")
+        for key in "temperature weight_decay memory_limit".split()
+    },
+    "devices": (lambda value: 1 <= value <= MOST_DEVICES, f"from 1 to {MOST_DEVICES}"),
     **{
         key: (lambda value: 0 <= value < 1, "at least 0 and below 1")
         for key in ("dropout", "beta1", "beta2", "warmup")
@@ -80,7 +94,7 @@ def validate(
     """
     problems, run = _ranges(run)
     problems += _model(run.model)
-    problems += _files(run.checkpoint, run.data.data)
+    problems += _folders(run.checkpoint)
     unknown = _parallelism(run.mesh.parallelism)
     mesh, mesh_problems = read_mesh(run.mesh.mesh, devices) if run.mesh.mesh else ({}, [])
     problems += unknown + mesh_problems
@@ -125,9 +139,9 @@ def _axes_used(mesh: Mapping[str, int], config: MeshConfig) -> list[Problem]:
 def _parallelism(text: str) -> list[Problem]:
     return [
         Problem(
-            f"--parallelism {text}",
-            f"there is no table {part!r}{did_you_mean(part, PARALLELISMS)}",
-            f"mix {', '.join(PARALLELISMS)} with +",
+            f"--parallelism {quoted(text)}",
+            f"there is no table {quoted(part)!r}{did_you_mean(part, PARALLELISMS)}",
+            f"join tables with +, from {', '.join(PARALLELISMS)}",
         )
         for part in components(text)
         if part not in PARALLELISMS
@@ -147,9 +161,9 @@ def _divisible(run: RunConfig, mesh: Mapping[str, int]) -> list[Problem]:
         product = " x ".join(f"{axis}={mesh[axis]}" for axis in axis_names)
         why = f"it is split over {product}, {parts} ways, and {size} = "
         why += f"{size // parts} x {parts} + {size % parts}"
-        near = [str(n) for n in (size // parts * parts, (size // parts + 1) * parts) if n]
+        below = 0 if name == "vocab" else size // parts * parts  # the data needs all its ids
+        near = [str(n) for n in (below, (size // parts + 1) * parts) if n]
         fix = f"use {flag} {' or '.join(near)}, or another --mesh"
-        fix = fix if flag.startswith("--") else f"use a --mesh whose sizes divide {size}"
         problems.append(Problem(f"{flag} {size}", why, fix))
     return problems
 
@@ -179,8 +193,8 @@ def _model(model: TransformerConfig) -> list[Problem]:
         why = f"each key/value head serves as many query heads, and {heads} / {kv_heads} leaves"
         why += f" {heads % kv_heads}"
         what = f"--num-heads {heads} --num-kv-heads {kv_heads}"
-        legal = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-        problems.append(Problem(what, why, f"use --num-kv-heads {legal.replace(', ', ' or ')}"))
+        legal = [str(n) for n in range(1, min(heads, _MOST_HEADS) + 1) if heads % n == 0]
+        problems.append(Problem(what, why, f"use --num-kv-heads {' or '.join(legal)}"))
     if model.head_dim % 2:
         why = "rotary embeddings rotate pairs of entries, so it must be even"
         fix = f"use --head-dim {model.head_dim + 1}"
@@ -188,27 +202,29 @@ def _model(model: TransformerConfig) -> list[Problem]:
     return problems
 
 
-def _files(checkpoint: CheckpointConfig, data: str) -> list[Problem]:
+def _folders(checkpoint: CheckpointConfig) -> list[Problem]:
     problems = []
-    folder = Path(checkpoint.checkpoint_dir)
-    shown = f"--checkpoint-dir {checkpoint.checkpoint_dir}"
-    if "\0" in checkpoint.checkpoint_dir or folder.exists() and not folder.is_dir():
-        problems.append(Problem(shown, "it is not a folder", "name a folder, or a new one"))
-    elif checkpoint.resume == "must" and not checkpoint.checkpoint_dir:
+    folder, name = checkpoint.checkpoint_dir, checkpoint.run_name
+    given = f"--checkpoint-dir {quoted(folder)}"
+    if name and (problem := name_problem(checkpoint.output_root, name)):
+        problems.append(problem)
+    elif name and folder:
+        why = "both say where the run has its folder"
+        what = f"--run-name {name} {given}"
+        problems.append(Problem(what, why, "keep one of them"))
+    elif name:
+        folder = os.path.join(checkpoint.output_root, name)
+        given = f"--run-name {name} --output-root {quoted(checkpoint.output_root)}"
+    if "\0" in folder or os.path.exists(folder) and not os.path.isdir(folder):
+        problems.append(Problem(given, "it is not a folder", "name a folder, or a new one"))
+    elif any(len(os.fsencode(part)) > _LONGEST_NAME for part in folder.split(os.sep)):
+        why = f"file systems keep names of at most {_LONGEST_NAME} bytes"
+        problems.append(Problem(given, why, "use a shorter name"))
+    elif checkpoint.resume == "must" and not folder:
         fix = "name the folder of the run to continue: --checkpoint-dir runs/..."
         problems.append(Problem("--resume must", "no --checkpoint-dir is given", fix))
-    elif checkpoint.resume == "must" and not folder.is_dir():
-        siblings = _siblings(folder)
-        why = f"--resume must needs a checkpoint, and the folder does not exist{siblings}"
-        problems.append(Problem(shown, why, "name the folder of the run to continue"))
-    if data and ("\0" in data or not Path(data).exists()):
-        why = "there is no such file or folder" + ("" if "\0" in data else _siblings(Path(data)))
-        problems.append(Problem(f"--data {data}", why, "name a text file, or a folder of them"))
+    elif checkpoint.resume == "must" and not os.path.isdir(folder):
+        why = "--resume must needs a checkpoint, and the folder does not exist"
+        why += nearest(Path(folder))
+        problems.append(Problem(given, why, "name the folder of the run to continue"))
     return problems
-
-
-def _siblings(path: Path) -> str:
-    if not path.parent.is_dir():
-        return ""
-    names = sorted(entry.name for entry in path.parent.iterdir())[:1000]
-    return did_you_mean(path.name, names)

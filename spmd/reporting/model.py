@@ -5,13 +5,14 @@ All numbers are of one device and one call of the program; loops count as often 
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 from sharding.errors import ArgumentError, Problem
-from spmd.reporting import notebook, terminal, webpage
+from spmd.reporting import notebook, schema, terminal, webpage
 from spmd.reporting.diff import ReportDiff
 
 FORMAT = 2  # of the JSON; a reader of another one says so
@@ -266,17 +267,14 @@ class Report:
           ArgumentError: the text is no report, or one of another format.
         """
         try:
-            data = json.loads(written)
-        except ValueError as error:
-            raise ArgumentError(_no_report(f"it is no JSON: {error}")) from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise ArgumentError(_no_report(f"its format is {found!r}, this version reads {FORMAT}"))
-        try:
-            return _read(data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            why = f"a part is missing or of another kind: {type(error).__name__}: {error}"
-            raise ArgumentError(_no_report(why)) from None
+            data = schema.load(written)
+            if not isinstance(data, dict) or data.get("format") != FORMAT:
+                found = data.get("format") if isinstance(data, dict) else type(data).__name__
+                why = f"its format is {reprlib.repr(found)}, this version reads {FORMAT}"
+                raise schema.SchemaError(why)
+            return _checked(schema.convert(Report, data, "the report"))
+        except schema.SchemaError as error:
+            raise ArgumentError(_no_report(str(error))) from None
 
 
 _TABLES: Mapping[str, Any] = {
@@ -289,23 +287,15 @@ def _no_report(why: str) -> Problem:
     return Problem("a report to read", why, "write it with Report.to_json() of this version")
 
 
-def _read(data: Mapping[str, Any]) -> Report:
-    given = {f.name: data[f.name] for f in fields(Report)}
-    for name, record in _TABLES.items():
-        given[name] = _table(data[name], record)
-    memory = dict(data["memory"])
-    memory["buffers"] = _table(memory["buffers"], Buffer)
-    memory["over"] = tuple(memory["over"])
-    given["memory"] = Memory(**memory)
-    given["flops"] = Flops(**data["flops"])
-    return Report(**given)
-
-
-def _table(data: Mapping[str, Any], record: Any) -> tuple[Any, ...]:
-    if list(data["columns"]) != list(record._fields):
-        raise ValueError(f"columns {data['columns']}")
-    return tuple(record(*map(_frozen, row)) for row in data["rows"])
-
-
-def _frozen(x: Any) -> Any:
-    return tuple(map(_frozen, x)) if isinstance(x, Sequence) and not isinstance(x, str) else x
+def _checked(report: Report) -> Report:
+    """The report, if its parts fit together: pages and texts follow its numbers."""
+    rows, memory = report.rows, report.memory
+    if any(not -1 <= row.parent < i for i, row in enumerate(rows)):
+        raise schema.SchemaError("a row comes before the one that it is in")
+    if any(not 0 <= b.start < b.end <= len(rows) + 1 for b in memory.buffers):
+        raise schema.SchemaError("a buffer lives at rows that are not there")
+    if len(memory.over) != max(len(rows), 1) or not 0 <= memory.at < len(memory.over):
+        raise schema.SchemaError("memory is of other rows than the program has")
+    if report.devices < 1 or any(size < 1 for size in report.mesh.values()):
+        raise schema.SchemaError("the mesh has an axis without a device")
+    return report

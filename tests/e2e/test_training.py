@@ -18,7 +18,7 @@ from sharding.errors import Problem
 from training.checkpoint import Checkpoints, identity
 from training.config import DataConfig, RunConfig
 from training.data import batch_at, load_corpus, unigram_entropy, validation_batches
-from training.errors import CheckpointError, ConfigError
+from training.errors import CheckpointError, DataError
 from training.report import human_bytes
 from training.state import learning_rate
 from training.throughput import flops_per_token
@@ -98,17 +98,17 @@ def test_the_fingerprint_tells_a_changed_text(tmp_path):
 def test_too_little_text_is_an_error(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"x" * 100)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(DataError) as error:
         load_corpus(DataConfig(data=str(path)))
     assert str(error.value) == (
         f"--data {path}\n  why: its 1 files give 95 bytes to train on and 5 to validate;"
         " one example is --sequence 128 + 1 = 129 bytes\n"
-        "  fix: name more text, or use a shorter --sequence"
+        "  fix: name more data, or use a shorter --sequence"
     )
 
 
 def test_a_folder_without_text_is_an_error(tmp_path):
-    with pytest.raises(ConfigError, match=r"holds no file that matches --pattern \*\.py"):
+    with pytest.raises(DataError, match=r"holds no file that matches --pattern \*\.py"):
         load_corpus(DataConfig(data=str(tmp_path)))
 
 

@@ -25,10 +25,13 @@ def test_the_defaults_have_no_problem():
 def test_flags_are_frozen():
     """New options are made on purpose: in the component that owns them, and in this list."""
     assert " ".join(owners(RunConfig())) == (
-        "devices mesh parallelism aot num_layers embed_dim mlp_dim num_heads num_kv_heads head_dim"
-        " tied_embeddings dropout rope_base dtype scan_layers remat data pattern validation"
-        " sequence learning_rate warmup weight_decay clip_norm beta1 beta2 batch steps seed"
-        " eval_every eval_batches log_every checkpoint_dir checkpoint_every keep resume"
+        "devices mesh parallelism aot memory_limit ignore_memory_limit"
+        " num_layers embed_dim mlp_dim num_heads num_kv_heads head_dim tied_embeddings dropout"
+        " rope_base dtype scan_layers remat"
+        " data pattern tokenizer token_dtype vocab_size validation sequence allow_data_change"
+        " learning_rate warmup weight_decay clip_norm beta1 beta2"
+        " batch steps seed eval_every eval_batches log_every"
+        " checkpoint_dir output_root run_name checkpoint_every keep resume"
         " sample_bytes prompt temperature"
     )
 
@@ -57,7 +60,7 @@ def test_all_offenders_are_reported_at_once():
         "  fix: for instance --learning-rate 0.006",
         "--resume mst\n  why: the choices are auto, must, never (did you mean 'must'?)\n"
         "  fix: for instance --resume auto",
-        "--steps 0\n  why: it must be 1 or more\n  fix: for instance --steps 400",
+        "--steps 0\n  why: it must be from 1 to 2^31 - 1\n  fix: for instance --steps 400",
         "--num-heads 5 --num-kv-heads 2\n  why: each key/value head serves as many query heads,"
         " and 5 / 2 leaves 1\n  fix: use --num-kv-heads 1 or 5",
     ]
@@ -67,10 +70,12 @@ def test_unknown_keys_of_a_file_are_errors(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text("stpes = 7\nbatch = true\nseed = 1.5\n")
     assert problems_of(f"--config {path}") == [
-        f"stpes = 7 in {path}\n  why: there is no such key (did you mean 'steps'?)\n"
+        f"stpes = 7 in {path}, line 1\n  why: there is no such key (did you mean 'steps'?)\n"
         "  fix: train.py --help lists the keys",
-        f"batch = True in {path}\n  why: a whole number is needed\n  fix: for instance --batch 16",
-        f"seed = 1.5 in {path}\n  why: a whole number is needed\n  fix: for instance --seed 0",
+        f"batch = true in {path}, line 2\n  why: a whole number is needed\n"
+        "  fix: for instance batch = 16",
+        f"seed = 1.5 in {path}, line 3\n  why: a whole number is needed\n"
+        "  fix: for instance seed = 0",
     ]
 
 
@@ -79,7 +84,7 @@ def test_unknown_keys_of_a_file_are_errors(tmp_path):
     [
         (b"steps = 1\nsteps = 2\n", "it is not TOML: Cannot overwrite a value"),
         (b"\xff\xfe", "it is not TOML: 'utf-8' codec can't decode"),
-        (b"#" * 1_000_001, "it has 1000001 bytes; a configuration has fewer than 1000000"),
+        (b"#" * 1_000_001, "it has 1000001 bytes; a configuration has at most 1000000"),
         (None, "it cannot be read: No such file or directory"),
     ],
 )
@@ -134,7 +139,8 @@ def test_dims_that_the_mesh_does_not_divide_are_errors():
     ["--learning-rate -1", "--learning-rate 0", "--learning-rate inf", "--seed -1", "--dropout 1",
      "--seed 4294967296", "--warmup 1", "--checkpoint-every -1", "--batch 0", "--sequence 0",
      "--validation 0", "--temperature -1", "--keep 0", "--devices 0", "--parallelism tesnor",
-     "--parallelism fsdp+", "--head-dim 7", "--dtype float16", "--data /no/such/file"],
+     "--parallelism fsdp+", "--head-dim 7", "--dtype float16", "--vocab-size -1",
+     "--memory-limit -1", "--devices 4097", "--batch 2147483648"],
 )  # fmt: skip
 def test_a_value_out_of_range_is_an_error_that_names_its_option(options):
     [problem] = problems_of(options)

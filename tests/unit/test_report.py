@@ -254,7 +254,7 @@ def test_json_round_trip() -> None:
               "line 1 column 2 (char 1)"),
         ("[]", "its format is 'list', this version reads 2"),
         ('{"format": 99}', "its format is 99, this version reads 2"),
-        ('{"format": 2}', "a part is missing or of another kind: KeyError: 'name'"),
+        ('{"format": 2}', "the report has no name"),
     ],
 )  # fmt: skip
 def test_what_is_no_report(text: str, why: str) -> None:
@@ -267,7 +267,7 @@ def test_what_is_no_report(text: str, why: str) -> None:
 def test_a_report_with_another_column_is_refused() -> None:
     data = json.loads(small().to_json())
     data["rows"]["columns"][0] = "mother"
-    with pytest.raises(ArgumentError, match="ValueError: columns \\['mother', 'op'"):
+    with pytest.raises(ArgumentError, match="rows has other columns than parent, op"):
         Report.from_json(json.dumps(data))
 
 

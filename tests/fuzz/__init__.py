@@ -1,0 +1,1 @@
+"""Random configurations and mutated report files: only our own errors, and nothing hangs."""
