@@ -29,6 +29,7 @@ from training.cli import parse
 from training.config import RunConfig
 from training.data import Corpus, load_corpus, unigram_entropy
 from training.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from training.goodput import Goodput
 from training.loop import Loop
 from training.program import Plan, make_mesh, plan
 from training.report import print_config, print_plan
@@ -148,13 +149,15 @@ def train(
     console: Console, planned: Plan, corpus: Corpus, checkpoints: Checkpoints, resumed: int | None
 ) -> None:
     """Compiles, trains to the last step, validates and samples."""
-    started = time.perf_counter()
+    started, goodput = time.perf_counter(), Goodput()
     with console.status("compiling"):
-        step, evaluate = planned.compile_step(), planned.compile_evaluate()
-        if resumed is None:
-            state = planned.init()
-        else:
-            state = checkpoints.restore(resumed, planned.abstract_state())
+        with goodput.spent("compile"):
+            step, evaluate = planned.compile_step(), planned.compile_evaluate()
+        with goodput.spent("compile" if resumed is None else "restore"):
+            if resumed is None:
+                state = planned.init()
+            else:
+                state = checkpoints.restore(resumed, planned.abstract_state())
     took = time.perf_counter() - started
     origin = "a new run" if resumed is None else f"step {resumed}"
     console.print(
@@ -162,10 +165,9 @@ def train(
         highlight=False,
     )
     record = identity(planned.run, corpus)
-    loop = Loop(planned, corpus, step, evaluate, checkpoints, record, console)
+    loop = Loop(planned, corpus, step, evaluate, checkpoints, record, console, goodput)
     state = loop.run(state)
-    loss = loop.validate(int(state.step), state)
-    entropy = unigram_entropy(corpus.validation)
+    loss, entropy = loop.validation_loss, unigram_entropy(corpus.validation)
     console.print(
         f"unigram entropy of the validation bytes {entropy:.4f} nats;"
         f" validation loss / entropy = {loss / entropy:.1%}",

@@ -6,6 +6,7 @@ Every check gives the problems it finds as a list; nothing is raised and nothing
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
 from collections.abc import Callable, Mapping
 from math import prod
@@ -22,7 +23,9 @@ from models.shardings import (
 )
 from models.transformer import TransformerConfig
 from sharding.errors import Problem, did_you_mean
-from training.config import CheckpointConfig, MeshConfig, RunConfig
+from training.config import CheckpointConfig, LogConfig, MeshConfig, RunConfig
+from training.metrics import NO_TENSORBOARD
+from training.profiling import check_profile
 
 __all__ = ["AXES", "resolve_mesh", "validate"]
 
@@ -46,7 +49,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         key: (lambda value: value >= 1, "1 or more")
         for key in (
             "num_layers embed_dim mlp_dim num_heads num_kv_heads head_dim devices sequence batch"
-            " steps eval_every eval_batches log_every keep"
+            " steps eval_every eval_batches log_every keep max_skipped"
         ).split()
     },
     **{
@@ -71,6 +74,7 @@ def validate(run: RunConfig, devices: int) -> list[Problem]:
     problems, run = _ranges(run)
     problems += _model(run.model)
     problems += _files(run.checkpoint, run.data.data)
+    problems += _log(run.log, run.train.steps)
     unknown = _parallelism(run.mesh.parallelism)
     mesh, mesh_problems = _read_mesh(run.mesh.mesh, devices) if run.mesh.mesh else ({}, [])
     problems += unknown + mesh_problems
@@ -237,6 +241,12 @@ def _files(checkpoint: CheckpointConfig, data: str) -> list[Problem]:
         why = "there is no such file or folder" + ("" if "\0" in data else _siblings(Path(data)))
         problems.append(Problem(f"--data {data}", why, "name a text file, or a folder of them"))
     return problems
+
+
+def _log(log: LogConfig, steps: int) -> list[Problem]:
+    missing = log.tensorboard and importlib.util.find_spec("tensorboardX") is None
+    problems = [NO_TENSORBOARD] if missing else []
+    return problems + (check_profile(log.profile, steps) if log.profile else [])
 
 
 def _siblings(path: Path) -> str:

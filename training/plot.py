@@ -1,0 +1,2 @@
+def write_plot(folder, console):
+    return None
