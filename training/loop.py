@@ -233,7 +233,7 @@ class Loop:
                 yield
             finally:
                 metrics.close()
-                self._warn(write_plot(folder, self.console) if primary else None)
+                self._warn(write_plot(folder) if primary else None)
 
     @contextlib.contextmanager
     def _progress(self, start: int) -> Iterator[None]:
