@@ -146,6 +146,7 @@ def judge(
         "resident_MiB": {"at_500": early / 2**20, "largest_after": late / 2**20},
         "step_ms": {"p50": 1e3 * p50, "p99": 1e3 * p99,
                     "p99_of_all": 1e3 * float(np.percentile(everything, 99))},
+        "load_average": os.getloadavg()[1], "cores": len(os.sched_getaffinity(0)),
         "descriptors": ends[-1].descriptors, "threads": ends[-1].threads,
         "seconds": seconds, "goodput": lines[-1]["goodput"],
     }  # fmt: skip

@@ -29,6 +29,7 @@ from training.nonfinite import NonFinite
 from training.plot import write_plot
 from training.profiling import Profile
 from training.program import Plan
+from training.save_options import save_small_arrays_whole
 from training.state import TrainState
 
 __all__ = ["Loop", "StopRequest"]
@@ -97,6 +98,9 @@ class Loop:
     goodput: Goodput = dataclasses.field(default_factory=Goodput)
     validation_loss: float = float("nan")
     _running: _Running | None = None
+
+    def __post_init__(self) -> None:
+        save_small_arrays_whole()
 
     def run(self, state: TrainState) -> TrainState:
         """Trains to the last step, saves and validates it.
@@ -233,7 +237,8 @@ class Loop:
                 yield
             finally:
                 metrics.close()
-                self._warn(write_plot(folder) if primary else None)
+                if primary:
+                    self._warn(write_plot(folder))
 
     @contextlib.contextmanager
     def _progress(self, start: int) -> Iterator[None]:
