@@ -237,8 +237,7 @@ class Loop:
                 yield
             finally:
                 metrics.close()
-                if primary:
-                    self._warn(write_plot(folder))
+                self._warn(write_plot(folder) if primary else None)
 
     @contextlib.contextmanager
     def _progress(self, start: int) -> Iterator[None]:

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from sharding.errors import Problem
 from spmd.checking.finite import Watched
+from spmd.checking.unsharded import options
 from training.config import RunConfig
 from training.data import Corpus, batch_at
 from training.errors import DivergedError
@@ -70,40 +71,48 @@ class NonFinite:
 
 def first_bad_tensor(plan: Plan, state: TrainState, batch_BS: jax.Array) -> str:
     """Says which of parameters, optimiser state, loss, gradients and norm is the first that is not
-    finite, with the number of such values."""
-    function = plan.jit(
-        partial(_bad_counts, plan.run), in_shardings=(plan.state_shardings, plan.batch_sharding)
+    finite, with the number of such values; and the largest parameter."""
+    shardings = (plan.state_shardings, plan.batch_sharding)
+    counts, largest = plan.jit(partial(_bad_counts, plan.run), in_shardings=shardings)(
+        state, batch_BS
     )
-    counts = function(state, batch_BS)
     like = {
         "parameter": state.params, "optimiser state": state.opt_state, "loss": np.zeros(()),
         "gradient of": state.params, "gradient norm": np.zeros(()),
     }  # fmt: skip
     for kind, tree in like.items():
-        sizes = jax.tree_util.tree_leaves_with_path(nn.unbox(tree))
-        bad = [
-            (_name(path), int(count), leaf.size)
-            for (path, leaf), count in zip(sizes, jax.tree.leaves(counts[kind]), strict=True)
-            if int(count)
-        ]
-        if bad:
-            name, count, size = bad[0]
-            text = f"the first bad tensor is the {f'{kind} {name}'.strip()}"
-            text += f": {count:,} of {size:,} values are not finite" if size > 1 else ""
-            return text + (f"; so it is in {len(bad) - 1} more of its kind" if bad[1:] else "")
+        bad = [(name, n, x.size) for (name, x), n in zip(_named(tree), _numbers(counts[kind]),
+                                                         strict=True) if n]  # fmt: skip
+        if not bad:
+            continue
+        name, count, size = bad[0]
+        text = f"the first bad tensor is the {f'{kind} {name}'.strip()}"
+        text += f": {count:,.0f} of {size:,} values are not finite" if size > 1 else ""
+        text += f"; so it is in {len(bad) - 1} more of its kind" if bad[1:] else ""
+        if kind != "parameter":
+            names = [name for name, _ in _named(state.params)]
+            value, name = max(zip(_numbers(largest), names, strict=True))
+            text += f"; parameters are finite, the largest is {value:.3g} in {name}"
+        return text
     return "run again by itself, the step has no value that is not finite"
 
 
 def first_bad_operation(plan: Plan, state: TrainState, batch_BS: jax.Array) -> str:
-    """Says which operation of a step makes the first NaN or infinity, with its source line."""
+    """Says which operation of a step makes the first NaN or infinity, with its source line.
+
+    The step is partitioned as it is in training. It takes some two or three times the memory.
+    """
     shardings = (plan.state_shardings, plan.batch_sharding)
     traced = plan.jit(partial(_results, plan.run), in_shardings=shardings).trace(state, batch_BS)
     watched = Watched(traced.program)
     leaves = [*traced.captured, *jax.tree.leaves((state, batch_BS))]
-    plan.jit(lambda *inputs: watched(*inputs))(*leaves)
+    planned = plan.jit(lambda *inputs: watched(*inputs)).trace(*leaves).propagate().partition()
+    planned.lower().compile(options())(*leaves)
     jax.effects_barrier()
+    if not watched.told:
+        return "the first process says which operation it was"
     found = watched.origin()
-    return "every operation is finite" if found is None else str(found)
+    return "run again by itself, every operation is finite" if found is None else str(found)
 
 
 def _results(run: RunConfig, state: TrainState, batch_BS: jax.Array) -> tuple[Any, Any, Any]:
@@ -111,18 +120,28 @@ def _results(run: RunConfig, state: TrainState, batch_BS: jax.Array) -> tuple[An
     return loss, grads, optax.tree.norm(grads)
 
 
-def _bad_counts(run: RunConfig, state: TrainState, batch_BS: jax.Array) -> dict[str, Any]:
-    """By kind, in the order in which they come about, int32 scalars for the leaves."""
+def _bad_counts(run: RunConfig, state: TrainState, batch_BS: jax.Array) -> tuple[Any, Any]:
+    """By kind, in the order in which they come about, how many values of each leaf are not finite;
+    and the largest magnitude in each parameter."""
     loss, grads, norm = _results(run, state, batch_BS)
     found = {
         "parameter": state.params, "optimiser state": state.opt_state, "loss": loss,
         "gradient of": grads, "gradient norm": norm,
     }  # fmt: skip
-    return jax.tree.map(lambda x: jnp.sum(~jnp.isfinite(x), dtype=jnp.int32), nn.unbox(found))
+    counts = jax.tree.map(lambda x: jnp.sum(~jnp.isfinite(x), dtype=jnp.int32), nn.unbox(found))
+    return counts, jax.tree.map(lambda x: jnp.max(jnp.abs(x)), nn.unbox(state.params))
 
 
-def _name(path: tuple) -> str:
-    return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves of a tree with names like `layers/mlp/up`."""
+    return [
+        ("/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(nn.unbox(tree))
+    ]
+
+
+def _numbers(tree: Any) -> list[float]:
+    return [float(x) for x in jax.tree.leaves(tree)]
 
 
 def _diverged(

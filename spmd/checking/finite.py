@@ -151,11 +151,14 @@ class Watched:
         self._told = [one for one in self._told if id(one.region) not in ops]
         self._told.append(run)
 
+    @property
+    def told(self) -> bool:
+        """Whether this process was told; of several only one is."""
+        return bool(self._told)
+
     def origin(self) -> Origin | None:
         """The first NaN of the last run; without one, where an infinity in a result comes from.
-        None where all results are finite, and where another process was told."""
-        if not self._told:
-            return None
+        None where all results are finite."""
         [run] = self._told
         found = _first(run, _is_new_nan)
         if found is not None:
