@@ -7,7 +7,7 @@ the steps. Values that are not finite are null: JSON has no others.
 from __future__ import annotations
 
 import errno
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -23,7 +23,7 @@ import jax
 from sharding.errors import Problem
 from training.errors import ConfigError
 
-__all__ = ["FILE", "NO_TENSORBOARD", "Metrics", "memory", "read_metrics"]
+__all__ = ["FILE", "NO_TENSORBOARD", "Metrics", "has_tensorboard", "memory", "read_metrics"]
 
 FILE = "metrics.jsonl"
 _EVENTS = "tensorboard"
@@ -162,12 +162,15 @@ def memory() -> dict[str, float]:
     return found
 
 
-def _writer() -> Any:
-    """The class that writes event files.
+def has_tensorboard() -> bool:
+    """Whether event files can be written."""
+    try:
+        return importlib.util.find_spec("tensorboardX") is not None
+    except ValueError:  # it is there, and is no module
+        return False
 
-    Raises:
-      ConfigError: it is not installed.
-    """
+
+def _writer() -> Any:
     try:
         return importlib.import_module("tensorboardX").SummaryWriter
     except ImportError as error:

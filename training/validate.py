@@ -6,7 +6,6 @@ Every check gives the problems it finds as a list; nothing is raised and nothing
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import re
 from collections.abc import Callable, Mapping
 from math import prod
@@ -24,7 +23,7 @@ from models.shardings import (
 from models.transformer import TransformerConfig
 from sharding.errors import Problem, did_you_mean
 from training.config import CheckpointConfig, LogConfig, MeshConfig, RunConfig
-from training.metrics import NO_TENSORBOARD
+from training.metrics import NO_TENSORBOARD, has_tensorboard
 from training.profiling import check_profile
 
 __all__ = ["AXES", "resolve_mesh", "validate"]
@@ -244,8 +243,7 @@ def _files(checkpoint: CheckpointConfig, data: str) -> list[Problem]:
 
 
 def _log(log: LogConfig, steps: int) -> list[Problem]:
-    missing = log.tensorboard and importlib.util.find_spec("tensorboardX") is None
-    problems = [NO_TENSORBOARD] if missing else []
+    problems = [NO_TENSORBOARD] if log.tensorboard and not has_tensorboard() else []
     return problems + (check_profile(log.profile, steps) if log.profile else [])
 
 

@@ -145,8 +145,10 @@ def test_without_tensorboardx_the_error_says_what_to_install(tmp_path, monkeypat
     with pytest.raises(ConfigError) as error:
         Metrics(tmp_path, tensorboard=True)
     assert str(error.value) == (
-        "--tensorboard\n  why: the package tensorboardX, which writes its files, is not installed\n"
-        '  fix: pip install -e ".[tensorboard]", or leave it out; metrics.jsonl has the same numbers'
+        "--tensorboard\n"
+        "  why: the package tensorboardX, which writes its files, is not installed\n"
+        '  fix: pip install -e ".[tensorboard]", or leave it out;'
+        " metrics.jsonl has the same numbers"
     )
     assert not list(tmp_path.iterdir())
 
