@@ -124,7 +124,6 @@ def test_a_full_disk_is_told_once_and_training_goes_on(tmp_path, monkeypatch):
 
 
 def test_tensorboard_has_every_number(tmp_path):
-    pytest.importorskip("tensorboardX")
     metrics = Metrics(tmp_path, tensorboard=True)
     metrics.add(3, {"loss": 2.0, "seconds": {"save": 1.0}, "name": "x"})
     metrics.close()
