@@ -36,6 +36,7 @@ from training.config import RunConfig
 from training.data import Corpus, load_corpus, unigram_entropy, vocabulary
 from training.errors import CheckpointError, ConfigError, DataError, Interrupted
 from training.folders import make_folder, with_folder
+from training.goodput import Goodput
 from training.loop import Loop
 from training.memory import check_memory
 from training.mesh_text import mesh_text, read_across
@@ -196,13 +197,15 @@ def train(
 ) -> None:
     """Compiles, trains to the last step, validates and samples."""
     with StopRequest() as stop:
-        started = time.perf_counter()
+        started, goodput = time.perf_counter(), Goodput()
         with console.status("compiling"):
-            step, evaluate = planned.compile_step(), planned.compile_evaluate()
-            if resumed is None:
-                state = planned.init()
-            else:
-                state = checkpoints.restore(resumed, planned.abstract_state())
+            with goodput.spent("compile"):
+                step, evaluate = planned.compile_step(), planned.compile_evaluate()
+            with goodput.spent("compile" if resumed is None else "restore"):
+                if resumed is None:
+                    state = planned.init()
+                else:
+                    state = checkpoints.restore(resumed, planned.abstract_state())
         took = time.perf_counter() - started
         origin = "a new run" if resumed is None else f"step {resumed}"
         console.print(
@@ -210,10 +213,9 @@ def train(
             highlight=False,
         )
         record = identity(planned.run, corpus)
-        loop = Loop(planned, corpus, step, evaluate, checkpoints, record, console, stop)
+        loop = Loop(planned, corpus, step, evaluate, checkpoints, record, console, stop, goodput)
         state = loop.run(state)
-        loss = loop.validate(int(state.step), state)
-    entropy = unigram_entropy(corpus.validation)
+    loss, entropy = loop.validation_loss, unigram_entropy(corpus.validation)
     console.print(
         f"unigram entropy of the validation {corpus.unit} {entropy:.4f} nats;"
         f" validation loss / entropy = {loss / entropy:.1%}",

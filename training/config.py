@@ -14,6 +14,7 @@ from models.transformer import TransformerConfig
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "LogConfig",
     "MeshConfig",
     "OptimizerConfig",
     "ProcessConfig",
@@ -109,6 +110,9 @@ class TrainConfig:
     eval_every: int = option(100, "steps between validations; there is always one at the end")
     eval_batches: int = option(8, "batches per validation")
     log_every: int = option(10, "steps between lines of the log")
+    max_skipped: int = option(
+        5, "steps in a row whose loss or gradient is not finite, after which the run ends"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +126,19 @@ class CheckpointConfig:
     keep: int = option(3, "newest checkpoints that are kept")
     resume: str = option(
         "auto", "start from a checkpoint if there is one", ("auto", "must", "never")
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What is recorded beside metrics.jsonl."""
+
+    tensorboard: bool = option(False, "write files for TensorBoard too; needs tensorboardX")
+    profile: str = option("", "write a trace of these steps, e.g. 10:12, both included")
+    debug_nans: bool = option(
+        False,
+        "run a step that is not finite again, operation by operation, and name the first bad one;"
+        " steps do not overlap then",
     )
 
 
@@ -145,6 +162,7 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
     sample: SampleConfig = SampleConfig()
 
 

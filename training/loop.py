@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
-import math
+import queue
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,13 +19,30 @@ from sharding.errors import Problem
 from spmd.runtime.processes import is_primary
 from training.checkpoint import Checkpoints
 from training.data import Corpus, batch_at, validation_batches
-from training.errors import CheckpointError, DivergedError, Interrupted
+from training.errors import CheckpointError, Interrupted
+from training.goodput import Goodput, Watch
+from training.log import StepLog
+from training.metrics import Metrics
+from training.nonfinite import NonFinite
+from training.plot import write_plot
+from training.profiling import Profile
 from training.program import Plan
+from training.save_options import save_small_arrays_whole
 from training.signals import StopRequest
 from training.state import TrainState
-from training.throughput import flops_per_token, peak_flops
 
 __all__ = ["Loop"]
+
+# A step that takes longer is told to the user, and told again.
+_PATIENCE_S = 60.0
+
+
+class _Running(NamedTuple):
+    """A step that the devices work on."""
+
+    step: int
+    dispatched: float
+    metrics: dict[str, jax.Array]
 
 
 @dataclasses.dataclass
@@ -36,6 +54,8 @@ class Loop:
       evaluate: compiled; (parameters, batch) to a loss in nats.
       record: what is written beside each checkpoint, see `training.checkpoint.identity`.
       stop: asked between batches whether the run has to end.
+      goodput: where the time goes, from the start of the process on.
+      validation_loss: the last one, in nats per token.
     """
 
     plan: Plan
@@ -46,81 +66,126 @@ class Loop:
     record: dict[str, Any]
     console: Console
     stop: StopRequest
+    goodput: Goodput = dataclasses.field(default_factory=Goodput)
+    validation_loss: float = float("nan")
+    _running: _Running | None = None
+
+    def __post_init__(self) -> None:
+        save_small_arrays_whole()
 
     def run(self, state: TrainState) -> TrainState:
-        """Trains to the last step, and saves it.
+        """Trains to the last step, saves and validates it.
 
         Raises:
           Interrupted: a signal came; the state is saved.
-          DivergedError: the loss is not finite; the last checkpoint is from before.
+          DivergedError: too many steps in a row were not finite. None of them changed a parameter;
+            the last checkpoint is from before or among them, and good.
           CheckpointError: the state cannot be saved.
         """
-        train, every = self.plan.run.train, self.plan.run.checkpoint.checkpoint_every
-        start = int(state.step)
-        meter = Meter(self.plan, start)
-        previous: dict[str, jax.Array] = {}
-        with self._progress(start) as progress:
-            task = progress.add_task("train", total=train.steps, completed=start, line="")
-            for index in range(start, train.steps):
-                state, metrics = self.step(state, self._batch(index))
-                # One step runs while the next is prepared; more would only queue up.
-                jax.block_until_ready(previous)
-                previous, done = metrics, index + 1
-                if done % train.log_every == 0 or done == train.steps:
-                    line = self._log(done, meter, metrics)
-                    progress.update(task, line=line)
-                progress.update(task, completed=done)
+        start, steps = int(state.step), self.plan.run.train.steps
+        with self._recorded(state), self._progress(start):
+            for done in range(start + 1, steps + 1):
+                if self._log.in_a_row or not self._ahead:
+                    self._finish(state)
+                if done == self._profile.first:
+                    self._pause(state, "profile", self._profile.start)
+                state = self._start(done, state)
+                if done == self._profile.last:
+                    self._pause(state, "profile", self._profile.stop)
                 self._warn(self.checkpoints.poll())
                 self._end_if_asked(done, state)
-                if done % train.eval_every == 0 and done < train.steps:
-                    self.validate(done, state)
-                    meter.restart(done)
-                if every and done % every == 0 and done < train.steps:
-                    self._save(done, state)
-        self._save_last(train.steps, state)
+                if done < steps:
+                    self._between(done, state)
+            self._save_last(steps, state)
+            self._validate(steps, state)
+            self.console.print(self._log.summary(), highlight=False)
         return state
 
-    def validate(self, done: int, state: TrainState) -> float:
-        """Prints and returns the validation loss, in nats per byte.
+    def _start(self, done: int, state: TrainState) -> TrainState:
+        """Gives step `done` to the devices, and waits for the one before it."""
+        train, sequence = self.plan.run.train, self.plan.run.data.sequence
+        with self.goodput.spent("data"):
+            batch = batch_at(self.corpus.train, train.seed, done - 1, train.batch, sequence)
+            batch = self.plan.put(batch)
+        dispatched = time.perf_counter()
+        with jax.profiler.StepTraceAnnotation("train", step_num=done):
+            next_state, metrics = self.step(state, batch)
+        self._watch.give(metrics)
+        # One step runs while the next is prepared; more would only queue up.
+        self._finish(next_state)
+        self._running = _Running(done, dispatched, metrics)
+        return next_state
 
-        Raises:
-          Interrupted: a signal came; the state is saved.
-          CheckpointError: the state cannot be saved.
+    def _finish(self, state: TrainState) -> None:
+        """Waits for the running step, if there is one, and records it.
+
+        Args:
+          state: after the last step that was started.
         """
-        train, sequence = self.plan.run.train, self.plan.run.data.sequence
-        batches = validation_batches(
-            self.corpus.validation, train.eval_batches, train.batch, sequence
-        )
-        losses = []
-        for batch in batches:
-            losses.append(float(self.evaluate(state.params, self.plan.put(batch))))
-            self._end_if_asked(done, state)
-        loss = float(np.mean(losses))
-        self.console.print(f"step {done:>6}  validation loss {loss:.4f} nats/byte")
-        return loss
+        if self._running is None:
+            return
+        step, dispatched, arrays = self._running
+        done = self._wait(step)
+        self._running = None
+        values = {name: float(array) for name, array in arrays.items()}
+        self.goodput.step(dispatched, done, useful=not values["skipped"])
+        self._log.step(step, values, done)
+        self._show.update(self._show.task_ids[0], completed=step, line=self._log.line)
+        if values["skipped"]:
+            self._pause(state, "debug", partial(self._nonfinite.skipped, step, values, state))
 
-    def _batch(self, index: int) -> jax.Array:
-        train, sequence = self.plan.run.train, self.plan.run.data.sequence
-        return self.plan.put(batch_at(self.corpus.train, train.seed, index, train.batch, sequence))
+    def _wait(self, step: int) -> float:
+        """When the oldest step that was started was done."""
+        waited = 0.0
+        while True:
+            try:
+                return self._watch.done(_PATIENCE_S)
+            except queue.Empty:
+                waited += _PATIENCE_S
+                text = f"warning: step {step} has been running for {waited:.0f} s"
+                self.console.print(text, style="yellow", highlight=False)
 
-    def _log(self, done: int, meter: Meter, metrics: dict[str, jax.Array]) -> str:
-        values = {name: float(value) for name, value in metrics.items()}
-        line = meter.line(done, values["loss"])
-        self.console.print(f"step {done:>6}  {line}", highlight=False)
-        if is_primary():
-            with (self.checkpoints.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": done, **values}) + "\n")
-        if not math.isfinite(values["loss"]):
-            problem = Problem(
-                f"the loss at step {done} is {values['loss']}",
-                "an update was too large, or a value overflowed; all later steps would be lost",
-                "use a lower --learning-rate or a longer --warmup, and start from a checkpoint",
+    def _between(self, done: int, state: TrainState) -> None:
+        """Validates and saves after step `done`, when it is time to."""
+        every = self.plan.run.checkpoint.checkpoint_every
+        if done % self.plan.run.train.eval_every == 0:
+            self._validate(done, state)
+        if every and done % every == 0:
+            self._finish(state)
+            # What led to bad steps may lie before them: such saves would push out better ones.
+            if not self._log.in_a_row:
+                self._save(done, state)
+
+    def _pause(self, state: TrainState, kind: str, task: Callable[[], Any]) -> Any:
+        """Runs `task` between two steps; its time is no step's."""
+        self._finish(state)
+        before = time.perf_counter()
+        with self.goodput.spent(kind):
+            found = task()
+        self._log.pause(time.perf_counter() - before)
+        return found
+
+    def _validate(self, done: int, state: TrainState) -> None:
+        def losses() -> list[float]:
+            train, sequence = self.plan.run.train, self.plan.run.data.sequence
+            batches = validation_batches(
+                self.corpus.validation, train.eval_batches, train.batch, sequence
             )
-            raise DivergedError(problem)
-        return line
+            found = []
+            for batch in batches:
+                found.append(float(self.evaluate(state.params, self.plan.put(batch))))
+                if self.stop.poll() is not None:
+                    break
+            return found
+
+        found = self._pause(state, "evaluation", losses)
+        self._end_if_asked(done, state)
+        self.validation_loss = float(np.mean(found))
+        self._log.validated(done, self.validation_loss)
 
     def _save(self, done: int, state: TrainState) -> None:
-        self.checkpoints.save(done, state, self.record)
+        save = partial(self.checkpoints.save, done, state, self.record)
+        self._pause(state, "save", save)
 
     def _end_if_asked(self, done: int, state: TrainState) -> None:
         if (code := self.stop.poll()) is not None:
@@ -129,15 +194,35 @@ class Loop:
 
     def _save_last(self, done: int, state: TrainState) -> None:
         self._save(done, state)
-        if problem := self.checkpoints.finish():
+        if problem := self._pause(state, "save", self.checkpoints.finish):
             raise CheckpointError(problem)
 
     def _warn(self, problem: Problem | None) -> None:
         if problem:
             self.console.print(f"warning: {problem}", style="yellow", markup=False)
 
-    def _progress(self, start: int) -> Progress:
-        return Progress(
+    @contextlib.contextmanager
+    def _recorded(self, state: TrainState) -> Iterator[None]:
+        """Opens what records the run, and closes it and draws the losses whatever happens."""
+        run, folder, start = self.plan.run, self.checkpoints.folder, int(state.step)
+        metrics = Metrics(folder, start, run.log.tensorboard, is_primary())
+        unit = self.corpus.unit.removesuffix("s")
+        self._log = StepLog(self.plan, metrics, self.goodput, self.console, state, unit)
+        self._nonfinite = NonFinite(self.plan, self.corpus, self.console)
+        # Only so is the state of a step that turns out bad still there.
+        self._ahead = run.train.max_skipped > 1 and not run.log.debug_nans
+        with contextlib.ExitStack() as stack:
+            self._watch = stack.enter_context(Watch())
+            self._profile = stack.enter_context(Profile(run.log.profile, folder / "profile"))
+            try:
+                yield
+            finally:
+                metrics.close()
+                self._warn(write_plot(folder) if is_primary() else None)
+
+    @contextlib.contextmanager
+    def _progress(self, start: int) -> Iterator[None]:
+        self._show = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
@@ -146,29 +231,6 @@ class Loop:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-
-
-class Meter:
-    """Speed since the last line: step time, tokens per second, and the share of the peak."""
-
-    def __init__(self, plan: Plan, start: int):
-        run, devices = plan.run, plan.mesh.devices
-        self._tokens = run.train.batch * run.data.sequence
-        self._flops = self._tokens * flops_per_token(run.model, run.data.sequence)
-        peak = peak_flops(devices.flat[0].device_kind, run.model.dtype)
-        self._peak = peak * devices.size if peak else None
-        self.restart(start)
-
-    def restart(self, step: int) -> None:
-        """Counts from now, after `step` steps."""
-        self._step, self._time = step, time.perf_counter()
-
-    def line(self, step: int, loss: float) -> str:
-        """The loss in nats per token and the speed since the last line."""
-        seconds = (time.perf_counter() - self._time) / max(step - self._step, 1)
-        self.restart(step)
-        speed = self._tokens / seconds
-        text = f"loss {loss:.4f}  {speed:,.0f} tokens/s  {seconds * 1e3:.0f} ms/step"
-        if self._peak:
-            text += f"  {self._flops / seconds / self._peak:.1%} MFU"
-        return text
+        self._show.add_task("train", total=self.plan.run.train.steps, completed=start, line="")
+        with self._show:
+            yield

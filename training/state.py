@@ -6,6 +6,7 @@ Shape suffixes: B batch, S position.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,15 @@ from models.transformer import Transformer, TransformerConfig
 from sharding import shard
 from training.config import OptimizerConfig, RunConfig
 
-__all__ = ["TrainState", "evaluate", "init_state", "learning_rate", "make_optimizer", "train_step"]
+__all__ = [
+    "TrainState",
+    "evaluate",
+    "init_state",
+    "learning_rate",
+    "loss_and_gradients",
+    "make_optimizer",
+    "train_step",
+]
 
 
 class TrainState(struct.PyTreeNode):
@@ -29,12 +38,15 @@ class TrainState(struct.PyTreeNode):
       params: the parameters, in the boxes that carry their logical dim names.
       opt_state: of the optimiser, boxed likewise.
       key: key data of the random stream; step n draws from `fold_in(key, n)`.
+      skipped: int32 scalar, how many steps in a row, up to this one, were not finite and changed
+        neither parameters nor optimiser.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
     key: jax.Array
+    skipped: jax.Array
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
@@ -73,32 +85,55 @@ def init_state(run: RunConfig, seed: jax.Array) -> TrainState:
         params=params,
         opt_state=optimizer.init(params),
         key=jax.random.key_data(run_key),
+        skipped=jnp.zeros((), jnp.int32),
     )
 
 
 def train_step(
     run: RunConfig, state: TrainState, batch_BS: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update.
+    """One update; none where the loss or the gradient is not finite.
 
     Args:
       batch_BS: token ids [batch, sequence + 1]; each position predicts the next.
 
     Returns:
-      The next state, and float32 scalars: "loss" in nats per token, and "grad_norm".
+      The next state, and scalars: float32 "loss" in nats per token, "grad_norm" and
+      "learning_rate"; int32 "skipped" of the next state.
     """
+    loss, grads = loss_and_gradients(run, state, batch_BS)
+    optimizer = make_optimizer(run.optimizer, run.train.steps)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    grad_norm = optax.tree.norm(grads)
+    # Both are there already and whole on every device, so the guard asks for no communication.
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    params, opt_state = jax.tree.map(
+        partial(jnp.where, finite),
+        (optax.apply_updates(state.params, updates), opt_state),
+        (state.params, state.opt_state),
+    )
+    skipped = jnp.where(finite, 0, state.skipped + 1)
+    # Not `state.step`: the schedule waits while steps are skipped.
+    rate = learning_rate(run.optimizer, run.train.steps)(_updates_done(state.opt_state))
+    metrics = {
+        "loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "skipped": skipped,
+    }  # fmt: skip
+    return state.replace(
+        step=state.step + 1, params=params, opt_state=opt_state, skipped=skipped
+    ), metrics
+
+
+def loss_and_gradients(
+    run: RunConfig, state: TrainState, batch_BS: jax.Array
+) -> tuple[jax.Array, Any]:
+    """The loss of a step in nats per token, and its gradient by the parameters."""
     batch_BS = shard(batch_BS, "batch", None)
     drop_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
     def loss_of(params: Any) -> jax.Array:
         return _loss(run.model, params, batch_BS, drop_key)
 
-    loss, grads = jax.value_and_grad(loss_of)(state.params)
-    optimizer = make_optimizer(run.optimizer, run.train.steps)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-    params = optax.apply_updates(state.params, updates)
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    return jax.value_and_grad(loss_of)(state.params)
 
 
 def evaluate(run: RunConfig, params: Any, batch_BS: jax.Array) -> jax.Array:
@@ -115,6 +150,12 @@ def _loss(
         {"params": params}, inputs_BS, train=drop_key is not None, rngs=rngs
     )
     return cross_entropy(logits_BSV, targets_BS)
+
+
+def _updates_done(opt_state: Any) -> jax.Array:
+    """The optimiser's own count, int32 scalar."""
+    [(_, count), *_] = optax.tree.get_all_with_path(opt_state, "count")
+    return count
 
 
 def _decays(params: Any) -> Any:

@@ -21,11 +21,13 @@ from models.shardings import (
 )
 from models.transformer import TransformerConfig
 from sharding.errors import Problem, did_you_mean
-from training.config import CheckpointConfig, MeshConfig, RunConfig
+from training.config import CheckpointConfig, LogConfig, MeshConfig, RunConfig
 from training.errors import quoted
 from training.files import nearest
 from training.folders import name_problem
 from training.mesh_text import AXES, across_problem, read_across, read_mesh
+from training.metrics import NO_TENSORBOARD, has_tensorboard
+from training.profiling import check_profile
 
 __all__ = ["AXES", "MOST_DEVICES", "resolve_mesh", "validate"]
 
@@ -53,7 +55,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         key: (lambda value: 1 <= value < _INT_END, "from 1 to 2^31 - 1")
         for key in (
             "num_layers embed_dim mlp_dim num_heads num_kv_heads head_dim sequence batch steps"
-            " eval_every eval_batches log_every keep"
+            " eval_every eval_batches log_every keep max_skipped"
         ).split()
     },
     **{
@@ -95,6 +97,7 @@ def validate(
     problems, run = _ranges(run)
     problems += _model(run.model)
     problems += _folders(run.checkpoint)
+    problems += _log(run.log, run.train.steps)
     unknown = _parallelism(run.mesh.parallelism)
     mesh, mesh_problems = read_mesh(run.mesh.mesh, devices) if run.mesh.mesh else ({}, [])
     problems += unknown + mesh_problems
@@ -228,3 +231,8 @@ def _folders(checkpoint: CheckpointConfig) -> list[Problem]:
         why += nearest(Path(folder))
         problems.append(Problem(given, why, "name the folder of the run to continue"))
     return problems
+
+
+def _log(log: LogConfig, steps: int) -> list[Problem]:
+    problems = [NO_TENSORBOARD] if log.tensorboard and not has_tensorboard() else []
+    return problems + (check_profile(log.profile, steps) if log.profile else [])

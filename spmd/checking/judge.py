@@ -25,7 +25,7 @@ from spmd.checking.compare import (
     magnitude,
     tolerance_of,
 )
-from spmd.checking.report import Divergence
+from spmd.checking.report import Divergence, place
 from spmd.checking.unsharded import Call, Unsharded, Words, silent
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
 
@@ -101,9 +101,9 @@ class Judge:
     def _calls(self, one: Compute, calls: Sequence[Call], where: Place) -> Divergence | None:
         runs = [0] * len(one.regions)
         for call in calls:
-            place = _place(one, call.region, runs[call.region])
+            at = place(one.op, call.region, runs[call.region])
             runs[call.region] += 1
-            found = self._region(one.regions[call.region], call.inputs, (*where, place))
+            found = self._region(one.regions[call.region], call.inputs, (*where, at))
             if found is not None:
                 return found
         return None
@@ -220,17 +220,3 @@ def _judged(one: Instruction) -> bool:
 def _runs_once(op: Op) -> bool:
     """What has effects, or nothing to compare, is not run again."""
     return not op.outputs or not silent(op)
-
-
-def _place(one: Compute, region: int, run: int) -> str:
-    """`scan at model.py:12 (loss), iteration 3`; iterations count from 0."""
-    op = one.op
-    text = f"{op.primitive.name} at {op.source}" if op.source else op.primitive.name
-    control: Any = op.control
-    if control.exclusive:
-        return f"{text}, branch {region}"
-    if len(one.regions) > 1:
-        text += f", region {region}"
-    return f"{text}, iteration {run}" if control.carries(op) or run else text
-
-

@@ -204,3 +204,14 @@ def _typed(key: Key) -> str:
     if value.const is not None and not value.rank:
         return str(value.const)
     return f"{value} {type_text(value)} {key.layout}"
+
+
+def place(op: Op, region: int, run: int) -> str:
+    """`scan at model.py:12 (loss), iteration 3`; iterations count from 0."""
+    text = f"{op.primitive.name} at {op.source}" if op.source else op.primitive.name
+    control: Any = op.control
+    if control.exclusive:
+        return f"{text}, branch {region}"
+    if len(op.regions) > 1:
+        text += f", region {region}"
+    return f"{text}, iteration {run}" if control.carries(op) or run else text

@@ -131,39 +131,51 @@ class Unsharded:
             self._calls.append(Call(op, region, [np.array(x) for x in inputs]))
 
 
-def evaluate(region: Region, args: Sequence[Any], noise: bool = False) -> list[Any]:
-    """Results of a region at global shapes; traceable."""
+def evaluate(
+    region: Region, args: Sequence[Any], noise: bool = False, watch: Any = None
+) -> list[Any]:
+    """Results of a region at global shapes; traceable.
+
+    Args:
+      watch: (region, words by id of each value) -> None is called after the last equation, and of
+        regions inside likewise, each time that they run. With it annotations stay.
+    """
     args = _noisy(args) if noise else args
     env: dict[int, Any] = {v.id: to_words(x) for v, x in zip(region.inputs, args, strict=True)}
     for op in region.ops:
-        results = bind(op, [_read(env, v) for v in op.inputs], None, noise)
+        results = bind(op, [_read(env, v) for v in op.inputs], None, noise, watch)
         results = _noisy(results) if noise else results
         env |= {v.id: to_words(x) for v, x in zip(op.outputs, results, strict=True)}
+    if watch is not None:
+        watch(region, env)
     return [_read(env, v) for v in region.outputs]
 
 
 def bind(
-    op: Op, operands: Sequence[Any], record: Any = None, noise: bool = False
+    op: Op, operands: Sequence[Any], record: Any = None, noise: bool = False, watch: Any = None
 ) -> list[Any]:
     """Results of one equation on whole operands, as if nothing had been annotated.
 
     Args:
       record: (region, *inputs) -> None is called, in order, each time that a region of it runs.
       noise: floats inside of its regions are rounded differently.
+      watch: of `evaluate`, for its regions; with it annotations stay.
     """
 
     def body(i: int, *args: Any) -> list[Any]:
         if record is not None:
             jax.debug.callback(partial(record, i), *map(to_words, args), ordered=True)
-        return evaluate(op.regions[i], args, noise)
+        return evaluate(op.regions[i], args, noise, watch)
 
     with _jax.equation_context(op.eqn):
         if op.control is not None and op.control.manual(op.params) is None:
             bodies = [partial(body, i) for i in range(len(op.regions))]
             return list(op.control.build(op.params, bodies, operands))
-        if op.control is None and op.rule.identity:
+        annotation = op.control is None and op.rule.identity
+        if annotation and watch is None:
             return list(operands)
-        params = {k: None if k in _SHARDING_PARAMS else v for k, v in op.params.items()}
+        dropped = () if annotation else _SHARDING_PARAMS
+        params = {k: None if k in dropped else v for k, v in op.params.items()}
         out = op.primitive.bind(*operands, **op.primitive.get_bind_params(params))
         return list(out) if op.primitive.multiple_results else [out]
 

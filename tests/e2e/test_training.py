@@ -261,6 +261,23 @@ def test_a_run_prints_its_plan_before_it_compiles_and_its_result_at_the_end(tmp_
     assert -1 not in positions and positions == sorted(positions), text
 
 
+@pytest.mark.slow
+def test_a_run_that_diverges_ends_with_code_5_and_keeps_good_checkpoints(tmp_path):
+    options = "--steps 20 --checkpoint-every 1 --checkpoint-dir run --learning-rate 3e38"
+    options += " --clip-norm 1e38 --max-skipped 2 --profile 2:2 --debug-nans"
+    done = train(*options.split(), folder=tmp_path, check=False)
+    assert done.returncode == 5
+    what, why, *_ = done.stderr.splitlines()
+    assert what == "error: the loss was not finite in 2 steps in a row, up to step 4"
+    assert re.match(r"  why: \w+ at models/\w+\.py:\d+ \(.*\) makes .* NaN of", why)
+    assert "goodput" not in done.stdout and "step 3 was skipped" in done.stdout
+    folder = tmp_path / "run"
+    lines = list(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()))
+    assert [line["skipped_total"] for line in lines] == [0, 0, 1, 2]
+    assert Checkpoints(folder, keep=3).latest() == 2
+    assert (folder / "loss.svg").exists() and list(folder.glob("profile/**/*.xplane.pb"))
+
+
 def test_the_record_of_a_checkpoint_leaves_out_how_the_model_is_computed(tmp_path):
     corpus = load_corpus(DataConfig(data=str(write_text(tmp_path / "text")), sequence=16))
     plain, other = (

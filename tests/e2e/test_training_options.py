@@ -1,5 +1,7 @@
 """The options of train.py: where they come from, and what is wrong with them."""
 
+import sys
+
 import pytest
 
 from training.cli import parse
@@ -30,9 +32,9 @@ def test_flags_are_frozen():
         " rope_base dtype scan_layers remat"
         " data pattern tokenizer token_dtype vocab_size validation sequence allow_data_change"
         " learning_rate warmup weight_decay clip_norm beta1 beta2"
-        " batch steps seed eval_every eval_batches log_every"
+        " batch steps seed eval_every eval_batches log_every max_skipped"
         " checkpoint_dir output_root run_name checkpoint_every keep resume"
-        " sample_bytes prompt temperature"
+        " tensorboard profile debug_nans sample_bytes prompt temperature"
     )
 
 
@@ -140,11 +142,18 @@ def test_dims_that_the_mesh_does_not_divide_are_errors():
      "--seed 4294967296", "--warmup 1", "--checkpoint-every -1", "--batch 0", "--sequence 0",
      "--validation 0", "--temperature -1", "--keep 0", "--devices 0", "--parallelism tesnor",
      "--parallelism fsdp+", "--head-dim 7", "--dtype float16", "--vocab-size -1",
-     "--memory-limit -1", "--devices 4097", "--batch 2147483648"],
+     "--memory-limit -1", "--devices 4097", "--batch 2147483648", "--max-skipped 0",
+     "--profile 3:401"],
 )  # fmt: skip
 def test_a_value_out_of_range_is_an_error_that_names_its_option(options):
     [problem] = problems_of(options)
     assert problem.startswith(options + "\n  why: ")
+
+
+def test_tensorboard_needs_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    [problem] = problems_of("--tensorboard")
+    assert problem.startswith("--tensorboard\n  why: the package tensorboardX")
 
 
 def test_resuming_needs_a_folder(tmp_path):
