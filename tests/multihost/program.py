@@ -269,6 +269,27 @@ def callbacks() -> Any:
     return found, (len(seen) > 0) == (jax.process_index() == 0)
 
 
+@case
+def talk() -> Any:
+    """Processes agree, wait for each other, and learn what process 0 knows."""
+    import jax
+
+    from spmd.runtime import processes
+    from spmd.runtime.processes import AgreementError, BarrierError
+
+    me, several = jax.process_index(), jax.process_count() > 1
+    processes.agree("start", {"mesh": "data=8"}, PATIENCE_S)
+    differ = _message(
+        AgreementError, lambda: processes.agree("start", {"seed": str(me)}, PATIENCE_S)
+    )
+    told = [processes.broadcast("folder", name if me == 0 else None, PATIENCE_S) for name in "ab"]
+    late = ""
+    if me == 0 and several:
+        late = _message(BarrierError, lambda: processes.barrier("save", 0.3))
+    processes.barrier("end", PATIENCE_S)
+    return processes.count(), processes.index() == me, differ, told, late
+
+
 def main(cases: str, coordinator: str, processes: int, process: int) -> None:
     simulate(DEVICES // processes)
     import jax

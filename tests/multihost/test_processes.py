@@ -70,3 +70,13 @@ def test_errors_are_raised_in_every_process(found: list[dict[str, Any]]) -> None
     assert moved.startswith("x lies on P(None, 'tensor'), committed\n  why: in_shardings says ")
     assert unknown.startswith("x names axis 'rows'\n  why: the mesh has the axes data=2, tensor=4")
     assert all(process["errors"] == found[0]["errors"] for process in found)
+
+
+def test_processes_talk_without_devices(found: list[dict[str, Any]]) -> None:
+    numbers = "; ".join(f"{i} in process {i}" for i in range(len(found)))
+    for me, process in enumerate(found):
+        count, knows_itself, differ, told, late = process["talk"]
+        assert (count, knows_itself, told) == (len(found), True, ["a", "b"])
+        assert differ.splitlines()[1].startswith(f"  why: {numbers}: they would run different")
+        others = "process 1" if len(found) == 2 else "processes 1, 2, 3"
+        assert (f"  why: {others} did not come" in late) == (me == 0)
