@@ -14,6 +14,7 @@ import dataclasses
 import shlex
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -24,11 +25,14 @@ from spmd.ahead.compile import aot_partitioned
 from spmd.ahead.libtpu import described_mesh
 from spmd.hardware import Machine
 from spmd.simulate import simulate
+from training import elastic
 from training.checkpoint import Checkpoints, identity
+from training.checkpoint.resume import find_step
+from training.checkpoint.store import Found
 from training.cli import parse
 from training.config import RunConfig
 from training.data import Corpus, load_corpus, unigram_entropy
-from training.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from training.errors import ConfigError, Interrupted, TrainingError
 from training.loop import Loop
 from training.program import Plan, make_mesh, plan
 from training.report import print_config, print_plan
@@ -49,10 +53,18 @@ def main(argv: list[str]) -> int:
             return compile_ahead(console, run, mesh_sizes)
         corpus = load_corpus(run.data)
         print_config(console, run, corpus)
-        checkpoints = Checkpoints(Path(run.checkpoint.checkpoint_dir), run.checkpoint.keep)
-        resumed = find_step(run, corpus, checkpoints)
+        kept = run.checkpoint
+        checkpoints = Checkpoints(Path(kept.checkpoint_dir), kept.keep, kept.save_failures)
+        warn = partial(errors.print, markup=False, highlight=False, style="yellow")
+        expected = identity(run, corpus)
+        with console.status("verifying checkpoints"):
+            resumed = find_step(
+                checkpoints, kept.resume, expected, lambda problem: warn(f"warning: {problem}")
+            )
         planned = plan(run, make_mesh(mesh_sizes))
         print_plan(console, planned)
+        checkpoints.about = elastic.about(planned)
+        elastic.print_change(console, resumed.about if resumed else {}, checkpoints.about)
         checkpoints.open()
         train(console, planned, corpus, checkpoints, resumed)
     except SpmdError as error:
@@ -80,6 +92,7 @@ def configure(argv: list[str]) -> tuple[RunConfig, dict[str, int]]:
       ConfigError: all that is wrong with the options.
     """
     run, problems = parse(argv)
+    unfit: list[Problem] = []
     simulate(max(run.mesh.devices, 1))
     devices = jax.device_count()
     if run.mesh.aot:
@@ -87,7 +100,10 @@ def configure(argv: list[str]) -> tuple[RunConfig, dict[str, int]]:
             devices = Machine.parse(run.mesh.aot).devices
         except MeshError as error:
             problems += error.problems
-    problems += validate(run, devices)
+    else:
+        run, devices, unfit = elastic.refit(run, devices)
+        problems += unfit
+    problems += [] if unfit else validate(run, devices)
     if problems:
         raise ConfigError(*problems)
     sizes = resolve_mesh(run, devices)
@@ -125,27 +141,8 @@ def compile_ahead(console: Console, run: RunConfig, mesh_sizes: dict[str, int]) 
     return 0 if found.fits else 1
 
 
-def find_step(run: RunConfig, corpus: Corpus, checkpoints: Checkpoints) -> int | None:
-    """The step to resume from, or None to start afresh.
-
-    Raises:
-      CheckpointError: `--resume` and the folder do not go together.
-    """
-    latest, resume = checkpoints.latest(), run.checkpoint.resume
-    shown = f"--resume {resume} --checkpoint-dir {checkpoints.folder}"
-    if latest is None and resume == "must":
-        fix = "name the folder of the run to continue, or leave --resume out"
-        raise CheckpointError(Problem(shown, "the folder holds no checkpoint", fix))
-    if latest is not None and resume == "never":
-        why = f"the folder holds step {latest} of another run, and the two would be mixed up"
-        raise CheckpointError(Problem(shown, why, "name a new folder, or use --resume auto"))
-    if latest is not None:
-        checkpoints.check(latest, identity(run, corpus))
-    return latest
-
-
 def train(
-    console: Console, planned: Plan, corpus: Corpus, checkpoints: Checkpoints, resumed: int | None
+    console: Console, planned: Plan, corpus: Corpus, checkpoints: Checkpoints, resumed: Found | None
 ) -> None:
     """Compiles, trains to the last step, validates and samples."""
     started = time.perf_counter()
@@ -154,9 +151,9 @@ def train(
         if resumed is None:
             state = planned.init()
         else:
-            state = checkpoints.restore(resumed, planned.abstract_state())
+            state = checkpoints.restore(resumed.step, planned.abstract_state())
     took = time.perf_counter() - started
-    origin = "a new run" if resumed is None else f"step {resumed}"
+    origin = "a new run" if resumed is None else f"step {resumed.step}"
     console.print(
         f"compiled in {took:.1f} s; from {origin}; checkpoints in {checkpoints.folder}",
         highlight=False,

@@ -46,7 +46,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         key: (lambda value: value >= 1, "1 or more")
         for key in (
             "num_layers embed_dim mlp_dim num_heads num_kv_heads head_dim devices sequence batch"
-            " steps eval_every eval_batches log_every keep"
+            " steps eval_every eval_batches log_every keep save_failures"
         ).split()
     },
     **{

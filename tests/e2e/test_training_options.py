@@ -29,6 +29,7 @@ def test_flags_are_frozen():
         " tied_embeddings dropout rope_base dtype scan_layers remat data pattern validation"
         " sequence learning_rate warmup weight_decay clip_norm beta1 beta2 batch steps seed"
         " eval_every eval_batches log_every checkpoint_dir checkpoint_every keep resume"
+        " elastic save_failures"
         " sample_bytes prompt temperature"
     )
 

@@ -35,6 +35,7 @@ class Lock:
         self._handle: int | None = None
         self._content = b""
         self._released = threading.Event()
+        self._beating: threading.Thread | None = None
 
     def take(self) -> None:
         """Takes the lock; does nothing if this object holds it.
@@ -57,7 +58,8 @@ class Lock:
             raise
         self._handle = handle
         self._released.clear()
-        threading.Thread(target=self._beat, args=(handle,), daemon=True, name="lock").start()
+        self._beating = threading.Thread(target=self._beat, args=(handle,), daemon=True)
+        self._beating.start()
 
     def check(self) -> None:
         """Looks whether the lock is still this object's.
@@ -78,8 +80,10 @@ class Lock:
         """Gives the lock back, if it is held."""
         if self._handle is None:
             return
-        self._released.set()
         handle, self._handle = self._handle, None
+        self._released.set()
+        if self._beating is not None:
+            self._beating.join(_BEAT_S)  # the number of a closed file may soon be another's
         try:
             os.ftruncate(handle, 0)
         except OSError:
