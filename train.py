@@ -14,7 +14,6 @@ import dataclasses
 import shlex
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -55,17 +54,9 @@ def main(argv: list[str]) -> int:
         print_config(console, run, corpus)
         kept = run.checkpoint
         checkpoints = Checkpoints(Path(kept.checkpoint_dir), kept.keep, kept.save_failures)
-        warn = partial(errors.print, markup=False, highlight=False, style="yellow")
-        expected = identity(run, corpus)
-        with console.status("verifying checkpoints"):
-            resumed = find_step(
-                checkpoints, kept.resume, expected, lambda problem: warn(f"warning: {problem}")
-            )
+        resumed = resume(console, errors, run, corpus, checkpoints)
         planned = plan(run, make_mesh(mesh_sizes))
         print_plan(console, planned)
-        checkpoints.about = elastic.about(planned)
-        elastic.print_change(console, resumed.about if resumed else {}, checkpoints.about)
-        checkpoints.open()
         train(console, planned, corpus, checkpoints, resumed)
     except SpmdError as error:
         errors.print(f"error: {error}", markup=False, highlight=False, style="red")
@@ -141,10 +132,25 @@ def compile_ahead(console: Console, run: RunConfig, mesh_sizes: dict[str, int]) 
     return 0 if found.fits else 1
 
 
+def resume(
+    console: Console, errors: Console, run: RunConfig, corpus: Corpus, checkpoints: Checkpoints
+) -> Found | None:
+    """The verified step to go on from, or None to start afresh; what was passed over is told."""
+
+    def warn(problem: Problem) -> None:
+        errors.print(f"warning: {problem}", markup=False, highlight=False, style="yellow")
+
+    with console.status("verifying checkpoints"):
+        return find_step(checkpoints, run.checkpoint.resume, identity(run, corpus), warn)
+
+
 def train(
     console: Console, planned: Plan, corpus: Corpus, checkpoints: Checkpoints, resumed: Found | None
 ) -> None:
     """Compiles, trains to the last step, validates and samples."""
+    checkpoints.about = elastic.about(planned)
+    elastic.print_change(console, resumed.about if resumed else {}, checkpoints.about)
+    checkpoints.open()
     started = time.perf_counter()
     with console.status("compiling"):
         step, evaluate = planned.compile_step(), planned.compile_evaluate()

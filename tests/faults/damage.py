@@ -20,10 +20,10 @@ def damage(step: Path, kind: str, generator: random.Random) -> str:
     return KINDS[kind](step, generator)
 
 
-def _file(step: Path, generator: random.Random, empty_too: bool = False) -> Path:
-    """Any file of the step, the manifest as likely as any other."""
+def _file(step: Path, generator: random.Random) -> Path:
+    """Any file of the step that has bytes, the manifest as likely as any other."""
     files = sorted(path for path in step.rglob("*") if path.is_file())
-    return generator.choice([path for path in files if empty_too or path.stat().st_size])
+    return generator.choice([path for path in files if path.stat().st_size])
 
 
 def _flip(step: Path, generator: random.Random) -> str:
@@ -68,11 +68,14 @@ def _delete(step: Path, generator: random.Random) -> str:
 
 
 def _swap(step: Path, generator: random.Random) -> str:
-    """The same file of another step, as a mixed-up copy has it."""
-    path = next(p for p in iter(lambda: _file(step, generator), None) if len(p.read_bytes()) > 8)
-    data = path.read_bytes()
-    path.write_bytes(data[len(data) // 2 :] + data[: len(data) // 2])
-    return path.relative_to(step).as_posix() if path.read_bytes() != data else _flip(step, generator)
+    """The halves of a file exchanged: the same bytes in another order."""
+    for path in iter(lambda: _file(step, generator), None):
+        data = path.read_bytes()
+        middle = len(data) // 2
+        if (swapped := data[middle:] + data[:middle]) != data:
+            path.write_bytes(swapped)
+            return path.relative_to(step).as_posix()
+    raise AssertionError("every file is made of equal halves")
 
 
 def _link(step: Path, generator: random.Random) -> str:

@@ -51,7 +51,7 @@ class Checkpoints:
         self._untold: list[Problem] = []
         self._done: Future[None] | None = None
         self._opened: ocp.AsyncCheckpointer | None = None
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
 
     def latest(self) -> int | None:
         """The newest step that is listed, or None; `find` tells whether it can be read."""

@@ -51,14 +51,12 @@ def find_step(
 
 
 def _elsewhere(folder: Path) -> str:
-    """` (did you mean runs/a?)`, or where checkpoints are beside and below a folder."""
+    """` (did you mean 'a'?)`, or where checkpoints are below and beside a folder."""
     beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
     below = folder.iterdir() if folder.is_dir() else ()
-    places = itertools.islice(itertools.chain(below, beside), _LOOKED_AT)
-    held = {str(path): steps[-1] for path in sorted(places) if (steps := steps_in(path))}
-    if not held:
-        return ""
-    if meant := did_you_mean(str(folder), held):
+    places = sorted(itertools.islice(itertools.chain(below, beside), _LOOKED_AT))
+    held = {path: steps[-1] for path in places if (steps := steps_in(path))}
+    if meant := did_you_mean(folder.name, [path.name for path in held]):
         return meant
     shown = ", ".join(f"{path} (step {step})" for path, step in list(held.items())[:3])
-    return f"; there are some in {shown}"
+    return f"; there are some in {shown}" if held else ""
