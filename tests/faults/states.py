@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-from training.state import TrainState
 
 RECORD = {"seed": 0, "text": "0123456789abcdef"}
 ROWS = 64
 
 
-def abstract(columns: int, devices: int = 1) -> TrainState:
+class State(struct.PyTreeNode):
+    """In the manner of `training.state.TrainState`: checkpoints know of it that there is a step."""
+
+    step: Any
+    params: Any
+    opt_state: Any
+    key: Any
+
+
+def abstract(columns: int, devices: int = 1) -> State:
     """Shapes, dtypes and shardings; `columns` sets the size: 256 bytes each, twice."""
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
 
@@ -21,7 +31,7 @@ def abstract(columns: int, devices: int = 1) -> TrainState:
         sharding = NamedSharding(mesh, PartitionSpec(*spec))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    return TrainState(
+    return State(
         step=leaf((), jnp.int32),
         params={"w": leaf((ROWS, columns), jnp.float32, "data"), "b": leaf((3,), jnp.bfloat16)},
         opt_state=({"mu": leaf((ROWS, columns), jnp.float32, "data")},),
@@ -29,7 +39,7 @@ def abstract(columns: int, devices: int = 1) -> TrainState:
     )
 
 
-def at(step: int, columns: int, devices: int = 1) -> TrainState:
+def at(step: int, columns: int, devices: int = 1) -> State:
     """The state after `step` steps: noise, as compression would shrink anything else."""
     generator = np.random.default_rng(step)
 
@@ -42,7 +52,7 @@ def at(step: int, columns: int, devices: int = 1) -> TrainState:
     return jax.tree.map(value, abstract(columns, devices))
 
 
-def same(one: TrainState, other: TrainState) -> bool:
+def same(one: State, other: State) -> bool:
     """Whether two states are equal bit for bit."""
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     return all(

@@ -51,7 +51,9 @@ class Checkpoints:
         self._untold: list[Problem] = []
         self._done: Future[None] | None = None
         self._opened: ocp.AsyncCheckpointer | None = None
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        # Orbax logs each write that failed with its trace; `poll` tells it in three lines.
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
     def latest(self) -> int | None:
         """The newest step that is listed, or None; `find` tells whether it can be read."""
