@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,17 +131,22 @@ def _kills(folder: Path, start: int, count: int) -> Iterator[dict[str, Any]]:
         aimed = number % AIMED_EVERY == AIMED_EVERY - 1 and run in before
         point = points[number // AIMED_EVERY % len(points)] if aimed else ""
         generator = random.Random(number)
-        now = kills.kill(server, folder / f"saves-{run}", SEVERAL_SIZES[run], generator, point)
+        entry: dict[str, Any] = {"kind": point or "random", "committed": 0}
+        try:
+            now = kills.kill(server, folder / f"saves-{run}", SEVERAL_SIZES[run], generator, point)
+        except AssertionError as error:
+            yield {**entry, "faults": [str(error)]}
+            continue
         found = kills.faults(before.get(run), now)
         before[run] = now
-        yield {"kind": point or "random", "committed": now.committed - now.resumed, "faults": found}
+        yield {**entry, "committed": now.committed - now.resumed, "faults": found}
 
 
 def _resumes(folder: Path, start: int, count: int) -> Iterator[dict[str, Any]]:
     from tests.faults import resumes
 
     for number in range(start, count):
-        yield {"kind": "two kills", "faults": _judged(lambda n=number: resumes.resume(folder, n))}
+        yield {"kind": "two kills", "faults": _judged(partial(resumes.resume, folder, number))}
 
 
 def _cases(folder: Path, names: list[str]) -> Iterator[dict[str, Any]]:
@@ -148,7 +154,7 @@ def _cases(folder: Path, names: list[str]) -> Iterator[dict[str, Any]]:
 
     for name in names:
         try:
-            yield {"kind": name, "faults": _judged(lambda name=name: CASES[name](folder))}
+            yield {"kind": name, "faults": _judged(partial(CASES[name], folder))}
         except Skip as reason:
             yield {"kind": f"{name} (skipped: {reason})", "faults": []}
 

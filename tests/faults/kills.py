@@ -16,6 +16,7 @@ from tests.faults import saver
 
 START_S = 120.0  # until a process has resumed
 AIMED_S = 60.0  # until it is at the point
+RANDOM_S = 2.5  # until it is killed
 
 
 @dataclasses.dataclass
@@ -61,7 +62,7 @@ def kill(
         kind, step, right, passed = _receive(ours, process)
         assert kind == "resumed"
         found = Kill(step, right, passed, step)
-        limit = time.monotonic() + (AIMED_S if point else generator.uniform(0.0, 1.5))
+        limit = time.monotonic() + (AIMED_S if point else generator.uniform(0.0, RANDOM_S))
         while not found.there and ours.poll(max(limit - time.monotonic(), 0)):
             kind, step = _receive(ours, process)
             found.there = kind == "there"
