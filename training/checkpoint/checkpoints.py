@@ -241,7 +241,12 @@ class Checkpoints:
         if self._opened is None:
             self._opened = ocp.AsyncCheckpointer(
                 ocp.StandardCheckpointHandler(),
-                async_options=ocp.AsyncOptions(timeout_secs=int(WAIT_S)),
+                async_options=ocp.AsyncOptions(
+                    timeout_secs=int(WAIT_S),
+                    # Where folders cannot be made, writers would wait for them until the limit,
+                    # and the process with them when it ends.
+                    create_directories_asynchronously=False,
+                ),
             )
         return self._opened
 
