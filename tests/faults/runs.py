@@ -31,7 +31,7 @@ class Run:
 
     def __init__(self, scratch: Path, name: str, options: str, preexec: Callable | None = None):
         self.folder = scratch / name
-        self._log = scratch / f"{name}.log"
+        self._log = scratch / f"{name.replace('/', '-')}.log"  # not on the disk that is filled
         self._before = self._log.stat().st_size if self._log.exists() else 0
         command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--data", str(text(scratch))]
         command += ["--checkpoint-dir", str(self.folder), *options.split()]
