@@ -29,12 +29,14 @@ from spmd.hardware import Machine
 from spmd.runtime import end, processes
 from spmd.runtime.hybrid import count_nodes, make_mesh
 from spmd.simulate import accelerators
-from training import hosts
+from training import elastic, hosts
 from training.checkpoint import Checkpoints, identity
+from training.checkpoint.resume import find_step
+from training.checkpoint.store import Found
 from training.cli import parse
 from training.config import RunConfig
 from training.data import Corpus, load_corpus, unigram_entropy, vocabulary
-from training.errors import CheckpointError, ConfigError, DataError, Interrupted
+from training.errors import ConfigError, DataError, Interrupted
 from training.folders import make_folder, with_folder
 from training.goodput import Goodput
 from training.loop import Loop
@@ -63,15 +65,15 @@ def main(argv: list[str]) -> int:
             return compile_ahead(console, run, mesh_sizes)
         corpus = load_corpus(run.data)
         print_config(console, run, corpus)
-        checkpoints = Checkpoints(Path(run.checkpoint.checkpoint_dir), run.checkpoint.keep)
-        resumed = find_step(run, corpus, checkpoints)
+        kept = run.checkpoint
+        checkpoints = Checkpoints(Path(kept.checkpoint_dir), kept.keep, kept.save_failures)
+        resumed = resume(console, errors, run, corpus, checkpoints)
         across = read_across(run.mesh.mesh, mesh_sizes)
         planned = plan(run, make_mesh(mesh_sizes, across))
         print_plan(console, planned)
-        hosts.agree_on_plan(planned, corpus, resumed)
+        hosts.agree_on_plan(planned, corpus, resumed.step if resumed else None)
         check_memory(console, planned)
         make_folder(checkpoints.folder)
-        checkpoints.open()
         train(console, planned, corpus, checkpoints, resumed)
     except SpmdError as error:
         code = getattr(error, "exit_code", 1)
@@ -103,14 +105,18 @@ def configure(argv: list[str]) -> tuple[RunConfig, dict[str, int]]:
     run, problems = parse(argv)
     problems += hosts.join(run, problems)
     devices, nodes = jax.device_count(), count_nodes() if accelerators() else None
+    run, unreadable = with_vocabulary(run, problems)
+    unfit: list[Problem] = []
     if run.mesh.aot:
         try:
             machine = Machine.parse(run.mesh.aot)
             devices, nodes = machine.devices, machine.slices
         except MeshError as error:
             problems += error.problems
-    run, unreadable = with_vocabulary(run, problems)
-    problems += validate(run, devices, nodes, processes.count())
+    else:
+        run, devices, unfit = elastic.refit(run, devices)
+        problems += unfit
+    problems += [] if unfit else validate(run, devices, nodes, processes.count())
     if problems:
         raise ConfigError(*problems)
     if unreadable:
@@ -170,44 +176,41 @@ def compile_ahead(console: Console, run: RunConfig, mesh_sizes: dict[str, int]) 
     return 0 if found.fits else 1
 
 
-def find_step(run: RunConfig, corpus: Corpus, checkpoints: Checkpoints) -> int | None:
-    """The step to resume from, or None to start afresh.
+def resume(
+    console: Console, errors: Console, run: RunConfig, corpus: Corpus, checkpoints: Checkpoints
+) -> Found | None:
+    """The verified step to go on from, or None to start afresh; what was passed over is told."""
 
-    Raises:
-      CheckpointError: `--resume` and the folder do not go together.
-    """
-    latest, resume = checkpoints.latest(), run.checkpoint.resume
-    shown = f"--resume {resume} --checkpoint-dir {checkpoints.folder}"
-    if latest is None and resume == "must":
-        fix = "name the folder of the run to continue, or leave --resume out"
-        raise CheckpointError(Problem(shown, "the folder holds no checkpoint", fix))
-    if latest is not None and resume == "never":
-        why = f"the folder holds step {latest} of another run, and the two would be mixed up"
-        raise CheckpointError(Problem(shown, why, "name a new folder, or use --resume auto"))
-    if latest is not None:
-        expected = identity(run, corpus)
-        if run.data.allow_data_change:
-            del expected["text"]
-        checkpoints.check(latest, expected)
-    return latest
+    def warn(problem: Problem) -> None:
+        if processes.is_primary():
+            errors.print(f"warning: {problem}", markup=False, highlight=False, style="yellow")
+
+    expected = identity(run, corpus)
+    if run.data.allow_data_change:
+        del expected["text"]
+    with console.status("verifying checkpoints"):
+        return find_step(checkpoints, run.checkpoint.resume, expected, warn)
 
 
 def train(
-    console: Console, planned: Plan, corpus: Corpus, checkpoints: Checkpoints, resumed: int | None
+    console: Console, planned: Plan, corpus: Corpus, checkpoints: Checkpoints, resumed: Found | None
 ) -> None:
     """Compiles, trains to the last step, validates and samples."""
+    checkpoints.about = elastic.about(planned)
+    elastic.print_change(console, resumed.about if resumed else {}, checkpoints.about)
+    checkpoints.open()
     with StopRequest() as stop:
         started, goodput = time.perf_counter(), Goodput()
         with console.status("compiling"):
             with goodput.spent("compile"):
                 step, evaluate = planned.compile_step(), planned.compile_evaluate()
-            with goodput.spent("compile" if resumed is None else "restore"):
+            with goodput.spent("restore" if resumed else "compile"):
                 if resumed is None:
                     state = planned.init()
                 else:
-                    state = checkpoints.restore(resumed, planned.abstract_state())
+                    state = checkpoints.restore(resumed.step, planned.abstract_state())
         took = time.perf_counter() - started
-        origin = "a new run" if resumed is None else f"step {resumed}"
+        origin = "a new run" if resumed is None else f"step {resumed.step}"
         console.print(
             f"compiled in {took:.1f} s; from {origin}; checkpoints in {checkpoints.folder}",
             highlight=False,

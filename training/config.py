@@ -127,6 +127,10 @@ class CheckpointConfig:
     resume: str = option(
         "auto", "start from a checkpoint if there is one", ("auto", "must", "never")
     )
+    elastic: bool = option(
+        False, "go on with more or fewer devices than wrote the checkpoint, on a mesh that fits"
+    )
+    save_failures: int = option(3, "failed saves in a row that end the run")
 
 
 @dataclasses.dataclass(frozen=True)

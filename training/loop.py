@@ -27,7 +27,6 @@ from training.nonfinite import NonFinite
 from training.plot import write_plot
 from training.profiling import Profile
 from training.program import Plan
-from training.save_options import save_small_arrays_whole
 from training.signals import StopRequest
 from training.state import TrainState
 
@@ -69,9 +68,6 @@ class Loop:
     goodput: Goodput = dataclasses.field(default_factory=Goodput)
     validation_loss: float = float("nan")
     _running: _Running | None = None
-
-    def __post_init__(self) -> None:
-        save_small_arrays_whole()
 
     def run(self, state: TrainState) -> TrainState:
         """Trains to the last step, saves and validates it.

@@ -55,7 +55,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         key: (lambda value: 1 <= value < _INT_END, "from 1 to 2^31 - 1")
         for key in (
             "num_layers embed_dim mlp_dim num_heads num_kv_heads head_dim sequence batch steps"
-            " eval_every eval_batches log_every keep max_skipped"
+            " eval_every eval_batches log_every keep max_skipped save_failures"
         ).split()
     },
     **{

@@ -14,11 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from sharding.errors import Problem
 from training.checkpoint import Checkpoints, identity
 from training.config import DataConfig, RunConfig
 from training.data import batch_at, load_corpus, unigram_entropy, validation_batches
-from training.errors import CheckpointError, DataError
+from training.errors import DataError
 from training.report import human_bytes
 from training.state import learning_rate
 from training.throughput import flops_per_token
@@ -140,19 +139,6 @@ def test_flops_per_token_is_six_per_weight_plus_attention():
 
 def test_bytes_have_units():
     assert [human_bytes(n) for n in (512, 1536, 3 * 2**20)] == ["512 B", "1.5 KiB", "3.0 MiB"]
-
-
-def test_a_failed_save_is_reported_once_and_three_in_a_row_end_the_run(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    error = OSError("disk full")
-    assert checkpoints._failed(1, error) == Problem(
-        f"step 1 was not saved in {tmp_path}",
-        "disk full",
-        "make room on the disk; the next checkpoint is tried all the same",
-    )
-    checkpoints._failed(2, error)
-    with pytest.raises(CheckpointError, match="step 3 was not saved"):
-        checkpoints._failed(3, error)
 
 
 # Whole runs, each in a process of its own

@@ -27,13 +27,14 @@ def test_the_defaults_have_no_problem():
 def test_flags_are_frozen():
     """New options are made on purpose: in the component that owns them, and in this list."""
     assert " ".join(owners(RunConfig())) == (
-        "devices mesh parallelism aot memory_limit ignore_memory_limit"
+        "cluster coordinator num_processes process_id coordinator_bind start_timeout peer_timeout"
+        " exit_timeout devices mesh parallelism aot memory_limit ignore_memory_limit"
         " num_layers embed_dim mlp_dim num_heads num_kv_heads head_dim tied_embeddings dropout"
         " rope_base dtype scan_layers remat"
         " data pattern tokenizer token_dtype vocab_size validation sequence allow_data_change"
         " learning_rate warmup weight_decay clip_norm beta1 beta2"
         " batch steps seed eval_every eval_batches log_every max_skipped"
-        " checkpoint_dir output_root run_name checkpoint_every keep resume"
+        " checkpoint_dir output_root run_name checkpoint_every keep resume elastic save_failures"
         " tensorboard profile debug_nans sample_bytes prompt temperature"
     )
 
