@@ -68,11 +68,7 @@ def main(argv: list[str]) -> int:
         kept = run.checkpoint
         checkpoints = Checkpoints(Path(kept.checkpoint_dir), kept.keep, kept.save_failures)
         resumed = resume(console, errors, run, corpus, checkpoints)
-        across = read_across(run.mesh.mesh, mesh_sizes)
-        planned = plan(run, make_mesh(mesh_sizes, across))
-        print_plan(console, planned)
-        hosts.agree_on_plan(planned, corpus, resumed.step if resumed else None)
-        check_memory(console, planned)
+        planned = prepare(console, run, mesh_sizes, corpus, resumed)
         make_folder(checkpoints.folder)
         train(console, planned, corpus, checkpoints, resumed)
     except SpmdError as error:
@@ -190,6 +186,21 @@ def resume(
         del expected["text"]
     with console.status("verifying checkpoints"):
         return find_step(checkpoints, run.checkpoint.resume, expected, warn)
+
+
+def prepare(
+    console: Console,
+    run: RunConfig,
+    mesh_sizes: dict[str, int],
+    corpus: Corpus,
+    resumed: Found | None,
+) -> Plan:
+    """The partitioned step, on which all processes agree and which fits into memory."""
+    planned = plan(run, make_mesh(mesh_sizes, read_across(run.mesh.mesh, mesh_sizes)))
+    print_plan(console, planned)
+    hosts.agree_on_plan(planned, corpus, resumed.step if resumed else None)
+    check_memory(console, planned)
+    return planned
 
 
 def train(

@@ -14,8 +14,11 @@ import time
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import train
+from tests.faults import states
+from training import hosts
 from training.checkpoint import Checkpoints, identity
 from training.errors import CheckpointError
 
@@ -239,7 +242,7 @@ def folder(tmp_path, monkeypatch):
     write_files(tmp_path)
     monkeypatch.chdir(tmp_path)
     # The backend of the tests runs already, with as many devices.
-    monkeypatch.setattr(train, "simulate", lambda devices: True)
+    monkeypatch.setattr(hosts, "simulate", lambda *devices: True)
 
     def too_late(*args, **options):
         raise AssertionError("planned before the message")
@@ -311,26 +314,33 @@ def test_dots_in_texts_are_no_depth(folder):
     assert train.configure(words("--config run.toml"))[0].sample.prompt == prompt
 
 
-def test_changed_data_is_refused_unless_that_is_allowed(folder, monkeypatch):
+def test_changed_data_is_refused_unless_that_is_allowed(folder):
     """Row 40."""
+    console = Console(quiet=True)
     run, _ = train.configure(words("--run-name a"))
+    corpus = train.load_corpus(run.data)
     checkpoints = Checkpoints(folder / "runs" / "a", keep=1)
-    record = identity(run, train.load_corpus(run.data))
-    monkeypatch.setattr(checkpoints, "latest", lambda: 5)
-    monkeypatch.setattr(checkpoints, "_restore", lambda *given: {"record": record})
-    assert train.find_step(run, train.load_corpus(run.data), checkpoints) == 5
+    checkpoints.open()
+    checkpoints.save(5, states.at(5, columns=1), identity(run, corpus))
+    assert checkpoints.finish() is None
+
+    def resumed(run, corpus):
+        return train.resume(console, console, run, corpus, checkpoints).step
+
+    assert resumed(run, corpus) == 5
     (folder / "text" / "a.py").write_text("def g(x):\n    return x\n" * 100)
     changed = train.load_corpus(run.data)
     with pytest.raises(CheckpointError) as error:
-        train.find_step(run, changed, checkpoints)
+        resumed(run, changed)
     assert str(error.value) == (
-        f"{folder}/runs/a, step 5: text is {record['text']}\n  why: this run has"
+        f"{folder}/runs/a, step 5: text is {corpus.fingerprint}\n  why: this run has"
         f" {changed.fingerprint}, so the state would not mean the same\n"
         "  fix: name the data that the run began with, or give --allow-data-change"
     )
     assert error.value.exit_code == 4
     allowed, _ = train.configure(words("--run-name a --allow-data-change"))
-    assert train.find_step(allowed, changed, checkpoints) == 5
+    assert resumed(allowed, changed) == 5
+    checkpoints.close()
 
 
 def test_many_unknown_keys_are_counted(folder, capsys):

@@ -145,7 +145,8 @@ def test_the_state_of_another_run_is_refused_with_all_that_differs(run_folder):
     assert refused(run_folder, record=record) == (
         f"3 problems\n(1) {run_folder}, step 2: seed is 0\n  why: this run has 3, {why}\n"
         f"  fix: {fix} --checkpoint-dir\n(2) {run_folder}, step 2: text is 0123456789abcdef\n"
-        f"  why: this run has another, {why}\n  fix: {fix} --checkpoint-dir\n"
+        f"  why: this run has another, {why}\n"
+        "  fix: name the data that the run began with, or give --allow-data-change\n"
         f"(3) {run_folder}, step 2: batch is None\n  why: this run has 8, {why}\n"
         f"  fix: {fix} --checkpoint-dir"
     )

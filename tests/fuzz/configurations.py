@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import train
+from training import hosts
 from training.config import RunConfig, owners
 from training.state import make_optimizer
 
@@ -47,7 +48,8 @@ def run(seed: int, folder: Path) -> tuple[str, ...]:
       The command line.
     """
     argv = generate(seed, folder)
-    with mock.patch.object(train, "simulate", lambda devices: True):
+    alone = {"simulate": lambda *devices: True, "start": lambda *cluster: None}
+    with mock.patch.multiple(hosts, **alone):
         run, _ = train.configure(argv)
         if not run.mesh.aot:
             train.load_corpus(run.data)

@@ -8,6 +8,7 @@ wanted are renamed into `trash/` before they are deleted, damaged ones into `qua
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +43,7 @@ class Found(NamedTuple):
 
 def steps_in(folder: Path) -> list[int]:
     """The steps that a folder lists, in order; whether they can be read is another question."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # `Path.is_dir` raises where a name is too long
         return []
     # Links too: they are refused when they are read, not overlooked.
     names = (path.name for path in folder.iterdir() if path.is_dir() or path.is_symlink())
