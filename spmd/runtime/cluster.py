@@ -116,7 +116,7 @@ def _from_engine(asked: Asked, coordinator: str, name: str, timeout_s: float) ->
     except (KeyError, ValueError, RuntimeError, OSError) as error:
         what = f"processes started by {name}"
         why = f"JAX cannot tell where they meet: {type(error).__name__}: {error}"
-        raise ClusterError(Problem(what, why, _BY_HAND)) from error
+        raise ClusterError(Problem(what, why, f"{_BY_HAND}; {_ALONE}")) from error
     together = _on_this_node(os.environ)
     local = together == processes
     if local and found:

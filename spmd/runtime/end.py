@@ -50,6 +50,8 @@ class _Watch(threading.Thread):
         super().__init__(name="spmd-watch", daemon=True)
         self.service = service
         self.leaving = threading.Event()
+        self.told = threading.Event()
+        self._failed = {"process": 0, "code": _PEER_LOST}  # who failed, once told
 
     def run(self) -> None:
         while not self.leaving.is_set():
@@ -59,13 +61,20 @@ class _Watch(threading.Thread):
                 if "DEADLINE_EXCEEDED" in str(error):
                     continue
                 return  # the coordinator is gone, and JAX's own client ends this process
-            if mail != _STOP and not self.leaving.wait(_GRACE_S):
-                self._end(**json.loads(mail))
+            if mail == _STOP:
+                return
+            self._failed = json.loads(mail)
+            self.told.set()
+            if not self.leaving.wait(_GRACE_S):
+                self.follow()
             return
 
-    def _end(self, process: int, code: int) -> None:
+    def follow(self) -> NoReturn:
+        """Ends this process because another one failed, which has printed why."""
+        self.leaving.set()
         if self.service.process == 0:
-            write(f"{named([process])} failed: all processes end")
+            write(f"{named([self._failed['process']])} failed: all processes end")
+        code = self._failed["code"]
         _leave(self.service, code if code in _PASSED_ON else _PEER_LOST)
 
     def stop(self) -> None:
@@ -186,6 +195,8 @@ def uncaught(error: BaseException) -> None:
     if isinstance(error, KeyboardInterrupt):
         code, text = 130, "interrupted"
     elif isinstance(error, Exception) and _LOST.search(str(error)):
+        if _watch.told.wait(_COLLECT_S):
+            _watch.follow()  # the connection broke because that process left
         code = _PEER_LOST
         why = "the connection to another process broke: it was killed, or its node is lost"
         fix = "start all processes again, the run goes on from its newest checkpoint"

@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.multihost.launch import run
 from tests.multihost.program import CASES
-from tests.multihost.training import Run
+from tests.multihost.training import PATIENCE_S, Run
 
 
 def test_losses_are_those_of_one_process_and_processes_talk() -> None:
@@ -29,7 +29,7 @@ def test_losses_are_those_of_one_process_and_processes_talk() -> None:
 
 def test_processes_with_other_options_train_nothing_and_one_says_why(tmp_path: Path) -> None:
     with Run(tmp_path / "run", 2, ("--steps", "2"), process_1=("--seed", "16")) as started:
-        assert started.codes(240) == [2, 2], started.said()
+        assert started.codes(PATIENCE_S) == [2, 2], started.said()
         assert started.err(0).startswith(
             "processes 0, 1: error: --seed differs between processes (start)\n"
             "  why: 0 in process 0; 16 in process 1: they would run different programs, and wait"

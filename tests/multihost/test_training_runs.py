@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.multihost.training import Run, losses
+from tests.multihost.training import PATIENCE_S, Run, losses
 
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F"}
 SLOW = {0: "slow_steps", 1: "slow_steps"}
@@ -118,7 +118,7 @@ def test_processes_that_differ_stop_before_the_first_step(
     tmp_path: Path, own: tuple[str, ...], faults: dict[int, str], message: str
 ) -> None:
     with Run(tmp_path / "run", 2, ("--steps", "2"), faults, process_1=own) as run:
-        assert run.codes(120) == [2, 2], run.said()
+        assert run.codes(PATIENCE_S) == [2, 2], run.said()
         said = run.err(0) + run.err(1)
         assert said.count("error: ") == 1 and message in said, said
         assert not run.folder.exists()

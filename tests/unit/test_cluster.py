@@ -148,6 +148,22 @@ def test_kubernetes_jobset(environ, names, monkeypatch):
     assert found == Cluster("k8s", "run-hosts-0-0.run:55527", "run-hosts-0-0.run:55527", 3, 2)
 
 
+def test_a_pod_that_is_of_no_job_says_how_to_go_on(environ, monkeypatch):
+    from jax._src.clusters import K8sCluster
+
+    def no_job(cls):
+        raise KeyError("job-name")
+
+    environ(kubernetes(monkeypatch, 0))
+    monkeypatch.setattr(K8sCluster, "_job", classmethod(no_job))
+    assert refused(Asked()) == (
+        "processes started by k8s\n"
+        "  why: JAX cannot tell where they meet: KeyError: 'job-name'\n"
+        "  fix: give --coordinator HOST:PORT, --num-processes and --process-id; for a run of this"
+        " process alone give --cluster none"
+    )
+
+
 def test_tpu_pod_slices(environ, names, monkeypatch):
     from jax._src.clusters import cloud_tpu_cluster, cluster
 
