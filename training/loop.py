@@ -74,8 +74,8 @@ class Loop:
 
         Raises:
           Interrupted: a signal came; the state is saved.
-          DivergedError: too many steps in a row were not finite. None of them changed a parameter;
-            the last checkpoint is from before or among them, and good.
+          DivergedError: too many steps in a row were not finite. None of them changed a parameter,
+            and the last checkpoint is from before them.
           CheckpointError: the state cannot be saved.
         """
         start, steps = int(state.step), self.plan.run.train.steps

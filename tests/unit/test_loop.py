@@ -157,6 +157,19 @@ def test_too_many_in_a_row_end_the_run_at_once_and_the_count_goes_on_after_a_res
     assert [line["step"] for line in read_metrics(tmp_path / FILE)] == [2, 3, 4, 5]
 
 
+def test_speed_leaves_out_pauses(tmp_path):
+    loop, state, _ = start(tmp_path)
+    with loop._recorded(state):
+        log, values = loop._log, {"loss": 1.0, "grad_norm": 1.0, "skipped": 0.0}
+        log.pause(100.0)
+        log.step(2, values, done=log._since + 104.0)
+        log.step(4, values, done=log._since + 8.0)
+    assert [line["step_seconds"] for line in read_metrics(tmp_path / FILE)] == pytest.approx([2, 4])
+    assert [line["tokens_per_second"] for line in read_metrics(tmp_path / FILE)] == pytest.approx(
+        [8, 4]
+    )
+
+
 def test_to_look_for_nans_steps_do_not_overlap(tmp_path):
     loop, state, events = start(tmp_path, steps=3, log_every=1, log={"debug_nans": True})
     loop.run(state)
