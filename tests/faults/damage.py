@@ -37,9 +37,11 @@ def _flip(step: Path, generator: random.Random) -> str:
 
 def _truncate(step: Path, generator: random.Random) -> str:
     path = _file(step, generator)
-    data = path.read_bytes()
-    path.write_bytes(data[: generator.randrange(len(data))])
-    return path.relative_to(step).as_posix()
+    data, name = path.read_bytes(), path.relative_to(step).as_posix()
+    left = generator.randrange(len(data))
+    path.write_bytes(data[:left])
+    sizes = f": it has {left} bytes, and {len(data)} were written"
+    return name if name == "manifest.json" else name + sizes
 
 
 def _extend(step: Path, generator: random.Random) -> str:
@@ -84,7 +86,7 @@ def _link(step: Path, generator: random.Random) -> str:
     shutil.move(path, moved)
     path.symlink_to(moved)
     name = path.relative_to(step).as_posix()
-    return name if name != "manifest.json" else _flip(step, generator)
+    return _flip(step, generator) if name == "manifest.json" else f"{name}: it is no longer a plain"
 
 
 def _empty_folder(step: Path, generator: random.Random) -> str:
