@@ -72,14 +72,15 @@ def _layouts(wanted: Layout, expected: Shares) -> Iterator[Layout]:
 def _reading(planner: Any, op: Op, operand: int, layout: Layout) -> tuple[float, Layout]:
     """What a reader costs when the value is at hand in a further layout; the one it takes."""
     operands = tuple(
-        Tensor(v.shape, v.itemsize, _at_hand(planner, v, layout if i == operand else None))
-        for i, v in enumerate(op.inputs)
+        _tensor(planner, v, (layout,) if i == operand else None) for i, v in enumerate(op.inputs)
     )
     results = tuple(map(planner.result, op.outputs))
     assignment, cost = costs(op.rule, operands, results, planner.mesh)
     return cost, needs(op.rule, assignment, operands, planner.mesh)[operand]
 
 
-def _at_hand(planner: Any, value: Value, further: Layout | None) -> tuple[Layout, ...]:
-    wanted = planner.wanted(value)
-    return (wanted,) if further in (None, wanted) else (wanted, further)
+def _tensor(planner: Any, value: Value, further: tuple[Layout, ...] | None) -> Tensor:
+    """The value, also at hand in `further` layouts; others (None) may have readers that share."""
+    layouts = tuple(dict.fromkeys((planner.wanted(value), *(further or ()))))
+    alike = planner.counted(value) if further is None and planner.uses[value.id] > 1 else ()
+    return Tensor(value.shape, value.itemsize, layouts, alike)

@@ -85,6 +85,7 @@ class _Planner:
         self.refined: dict[Sharding, Layout] = {}
         self.layouts: dict[int, Layout] = {}
         self.expected: dict[int, tuple[tuple[Layout, int], ...]] = {}
+        self.alike: dict[int, tuple[tuple[Layout, int], ...]] = {}
         # Where sums are reduced, of all regions being planned: see `sums.Sums`.
         self.made: set[int] = set()
         self.carried: dict[int, tuple[str, ...]] = {}
@@ -108,6 +109,7 @@ class _Planner:
         if only or layouts:
             self.assumed = {**({} if only else before), **layouts}
             self.expected.clear()
+            self.alike.clear()
         return before
 
     def refine(self, layout: Layout) -> Layout:
@@ -167,14 +169,22 @@ class _Planner:
         """In which layouts the readers of a value are expected to need it, where more than one."""
         found = self.expected.get(value.id)
         if found is None:
+            found = self.counted(value)
+            if self.on("shared_gathers"):
+                found = shared(self, value, found)
+            self.expected[value.id] = found
+        return found
+
+    def counted(self, value: Value) -> tuple[tuple[Layout, int], ...]:
+        """In which layouts more than one reader needs a value, by what each has to make."""
+        found = self.alike.get(value.id)
+        if found is None:
             counts: dict[Layout, int] = {}
             for op, operand in self.propagated.program.readers[value.id]:
                 need = self.need(op, operand)
                 counts[need] = counts.get(need, 0) + 1
             found = tuple((need, n) for need, n in counts.items() if n > 1)
-            if self.on("shared_gathers"):
-                found = shared(self, value, found)
-            self.expected[value.id] = found
+            self.alike[value.id] = found
         return found
 
     def need(self, op: Op, operand: int) -> Layout:
