@@ -13,6 +13,7 @@ from sharding.region import Port
 from sharding.rule import Kind
 from sharding.spec import Layout, Sharding
 from spmd.partition import diagnose
+from spmd.partition.broadcasts import late_broadcasts
 from spmd.partition.choose import (
     Alternatives,
     alternatives,
@@ -60,7 +61,8 @@ def make_plan(
         body = planner.region(propagated.program.body, mesh, ins, outs)
         more = _sub_axes(body)
         if not more:
-            return ProgramPlan(propagated.program, mesh, body, tuple(planner.diagnostics))
+            found = ProgramPlan(propagated.program, mesh, body, tuple(planner.diagnostics))
+            return late_broadcasts(found) if planner.on("late_broadcasts") else found
         refs |= more
 
 
