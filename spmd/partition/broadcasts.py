@@ -21,7 +21,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from sharding.mesh import MeshShape
-from sharding.program import Value
+from sharding.program import Op, Value
 from sharding.rule import sum_monoid
 from sharding.spec import Layout
 from spmd.partition.cut import Edge, source_side
@@ -107,6 +107,12 @@ class _Graph:
     ) -> None:
         for i, (value, layout) in enumerate(reads):
             self.uses.setdefault((value.id, layout), []).append(_Use(one, i, within))
+
+    def reader(self, name: Name) -> Op | None:
+        """The first operation that reads a value; None at the end of a region."""
+        ones = (use.instruction for use in self.uses.get(name, ()))
+        found = (one.reason if isinstance(one, Move) else one.op for one in ones if one is not None)
+        return next(found, None)
 
     def starts(self) -> Iterator[_Start]:
         """The elements that are cut from a shard, and reduced for nothing else than to have them
@@ -274,7 +280,7 @@ class _Change:
     """Rewrites a plan: some values stay with their owners, and some of these are sent to all."""
 
     def __init__(self, late: _Late, held: set[Name], sent: set[Name], moves: frozenset[int]):
-        self.owners, self.axes, self.chain = late.owners, late.axes, late.chain
+        self.graph, self.owners, self.axes = late.graph, late.owners, late.axes
         self.held, self.sent, self.dropped = held, sent, moves
         self.partial = {partial: whole for whole, partial in late.chain.items()}
 
@@ -311,7 +317,7 @@ class _Change:
         name = self._name(key)
         if name in self.sent:
             steps = sending(key.value, name[1], self.owners, body.mesh)
-            yield Move(key.value, self._made(key).layout, name[1], steps, None)
+            yield Move(key.value, self._made(key).layout, name[1], steps, self.graph.reader(name))
 
     def _changed(self, one: Move | Compute) -> Move | Compute:
         if isinstance(one, Move):
