@@ -16,6 +16,7 @@ are counted, but not through what they carry.
 """
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -29,6 +30,11 @@ from spmd.partition.owners import Owners, made_of, owned, sending, shared_with, 
 from spmd.partition.plan import Assignment, Compute, Key, Move, ProgramPlan, RegionPlan
 from spmd.partition.reshard import Plan
 
+# Values that are decided together: what is made of further ones is made everywhere.
+WINDOW = 256
+# Owners whose elements are looked at, one after the other.
+GROUPS = 64
+
 _SOURCE, _SINK = "source", "sink"
 
 Name = tuple[int, Layout]  # of a key
@@ -36,20 +42,19 @@ Name = tuple[int, Layout]  # of a key
 
 def late_broadcasts(found: ProgramPlan) -> ProgramPlan:
     """The plan with elements of sharded dims sent to all devices where that sends least."""
-    done: set[Owners] = set()
-    while True:
-        graph = _Graph(found)
-        groups: dict[Owners, list[_Start]] = {}
-        for start in graph.starts():
-            if start.owners not in done:
-                groups.setdefault(start.owners, []).append(start)
-        if not groups:
-            return found
-        owners, starts = next(iter(groups.items()))
+    graph, done = _Graph(found), set()
+    while len(done) < GROUPS:
+        starts = [start for start in graph.starts() if start.owners not in done]
+        if not starts:
+            break
+        owners = starts[0].owners
         done.add(owners)
+        starts = [start for start in starts if start.owners == owners]
         change = _settled(_Late(graph, owners, starts), starts)
         if change is not None:
             found = replace(found, body=change.region(found.body))
+            graph = _Graph(found)
+    return found
 
 
 class _Use(NamedTuple):
@@ -165,11 +170,12 @@ class _Late:
         self.chain = {whole: partial for start in starts for whole, partial in start.chain.items()}
         self.firsts = {next(iter(start.chain)) for start in starts}
         self.onward: dict[Name, list[Name] | None] = {}
-        queue = list(self.chain)
+        queue = deque(self.chain)
         while queue:
-            name = queue.pop()
+            name = queue.popleft()
             if name not in self.onward:
-                self.onward[name] = more = self._onward(name)
+                more = self._onward(name) if len(self.onward) < WINDOW else None
+                self.onward[name] = more
                 queue += more or ()
 
     def edges(self) -> Iterator[Edge]:

@@ -80,7 +80,11 @@ PROGRAMS: dict[str, Callable[..., Any]] = {
     "chosen by it": lambda x, w: lax.cond(x[3, 0, 0] > 0, jnp.sin, jnp.cos, x[3]).sum(),
     "until it is small": lambda x, w: lax.while_loop(
         lambda y: jnp.abs(y).max() > 0.1, lambda y: y / 2, x[3]).sum(),
+    "as often as it says": lambda x, w: lax.while_loop(
+        lambda c: c < jnp.abs(x[3]).sum(), lambda c: 2 * c + 1, 1.0),
     "carried": lambda x, w: lax.scan(lambda c, _: (jnp.sin(c), c[0]), x[3], length=3)[1].sum(),
+    "carried on": lambda x, w: lax.scan(
+        lambda c, _: (jnp.sin((x * c)[3]), (x * c)[0].sum()), x[1], length=3)[1],
     "every step reads it": lambda x, w: lax.scan(
         lambda c, y: (c + (jnp.sin(y) @ w).sum(), (y * x[3]).sum(1)), 0.0, x[3] + x[:2] * 0),
     "computed again": lambda x, w: jax.grad(
