@@ -5,6 +5,19 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+# What stands for a monoid where one device along an axis has the value and others anything.
+_AT = "at "
+
+
+def at(place: int) -> str:
+    """The value is that of the device at `place` along the axis, whatever others hold."""
+    return f"{_AT}{place}"
+
+
+def owner(monoid: str) -> int | None:
+    """Where along the axis the value is, if one device has it; None for monoids that reduce."""
+    return int(monoid.removeprefix(_AT)) if monoid.startswith(_AT) else None
+
 
 def identity(monoid: str, dtype: Any) -> Any:
     """The element that a monoid ignores, as a scalar of `dtype`.

@@ -75,6 +75,8 @@ class Rule:
         sharding (uneven merges and splits); its `local` function exchanges what crosses shards.
       divided: factors that only axes that divide them may shard: padding would count.
       elementary: result i is operand i whatever the others are: each keeps the layout it has.
+      owned: factor -> (tensor, place): of all shards of the factor, only the one that holds `place`
+        makes the result (others make zeros), or reads the operand. Results come after operands.
       masked: whether re-binding needs the padding of uneven REDUCE factors masked (default).
       early: pointwise, reshape, transpose and data-flow edges, which propagate first.
       expands: the result is a larger copy of the operand: operands hear of results early, results
@@ -97,6 +99,7 @@ class Rule:
     alone: Mapping[str, frozenset[str]] = field(default_factory=dict)
     divided: frozenset[str] = frozenset()
     elementary: bool = False
+    owned: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     masked: bool = True
     early: bool = False
     expands: bool = False

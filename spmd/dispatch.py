@@ -76,12 +76,14 @@ def jit(
       strict: everything in `Partitioned.diagnostics` that costs a device 1 MiB or more is an
         error, which lists all of it.
       disable_passes: names of optimisations that are off: "shared_sums" (sums are reduced where
-        that is cheapest for all that is made of them), "loop_sums" (what a loop adds up is
-        reduced once, after it), "loop_invariants" (what its steps gather is gathered once),
-        "split_scatters", "own_stacks" and "async_collectives" (what TPU compilers need in order to
-        keep reduce-scatters, to fill no memory with zeros that are overwritten, and to run
-        collectives beside computation), "keep_products" (what the CPU compiler needs in order to
-        multiply matrices at full speed).
+        that is cheapest for all that is made of them), "shared_gathers" (what several operations
+        could gather is gathered once where that is), "late_broadcasts" (what is cut from one shard
+        stays there until others need it), "loop_sums" (what a loop adds up is reduced once, after
+        it), "loop_invariants" (what its steps gather is gathered once), "split_scatters",
+        "own_stacks" and "async_collectives" (what TPU compilers need in order to keep
+        reduce-scatters, to fill no memory with zeros that are overwritten, and to run collectives
+        beside computation), "keep_products" (what the CPU compiler needs in order to multiply
+        matrices at full speed).
 
     Returns:
       A callable with the stages `.trace`, `.lower` (see `spmd.stages`).

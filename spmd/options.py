@@ -13,8 +13,8 @@ from sharding.mesh import MeshShape
 
 # What can be switched off, by `disable_passes`.
 PASSES = (
-    "shared_sums", "loop_sums", "loop_invariants", "split_scatters", "own_stacks",
-    "keep_products", "async_collectives",
+    "shared_sums", "shared_gathers", "loop_sums", "loop_invariants", "late_broadcasts",
+    "split_scatters", "own_stacks", "keep_products", "async_collectives",
 )  # fmt: skip
 
 

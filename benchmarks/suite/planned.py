@@ -23,7 +23,8 @@ from benchmarks.suite.case import LARGE, RUNS, Case
 from benchmarks.suite.registry import matching
 from spmd import collectives
 
-PASSES = ("shared_sums", "loop_sums", "loop_invariants")  # those that change plans on every target
+# Those that change plans on every target.
+PASSES = ("shared_sums", "shared_gathers", "loop_sums", "loop_invariants", "late_broadcasts")
 SIZES = {"small": RUNS, "large": LARGE}
 
 

@@ -62,8 +62,10 @@ def _slice(op: OpInfo) -> Rule:
     a sharded dim (x[3]) comes from its owner: the result is all-reduced."""
     src, dst = op.in_avals[0].shape, op.out_avals[0].shape
     kinds = _cut_kinds(op, [n != m for n, m in zip(src, dst, strict=True)])
+    begins = op.params["start_indices"]
+    owned = {f"d{d}": (1, begins[d]) for d, kind in enumerate(kinds) if kind is Kind.REDUCE}
     # Parameters are of whole dims: sharded ones need others, whether they are sliced or not.
-    return _dims(op, kinds, linear=((0,),), local=_local_slice, local_when=None)
+    return _dims(op, kinds, linear=((0,),), local=_local_slice, local_when=None, owned=owned)
 
 
 def _local_slice(ctx: Local, op: OpInfo, x: Any) -> Sequence[Any]:
@@ -126,7 +128,9 @@ def _pad(op: OpInfo) -> Rule:
     kinds = [Kind.FIXED if kind is Kind.REDUCE else kind for kind in kinds]
     value = op.literal(1)
     linear = ((0,),) if value is not None and value == 0 else ((0, 1),)
-    return _dims(op, kinds, linear=linear, local=_local_pad)
+    single = [d for d, n in enumerate(op.in_avals[0].shape) if n == 1 < op.out_avals[0].shape[d]]
+    owned = {f"d{d}": (0, config[d][0]) for d in single if config[d][0] >= 0}
+    return _dims(op, kinds, linear=linear, local=_local_pad, owned=owned)
 
 
 def _local_pad(ctx: Local, op: OpInfo, x: Any, value: Any) -> Sequence[Any]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from sharding import _jax
 from sharding.mesh import MeshShape, axes_size
-from sharding.monoid import identity
+from sharding.monoid import identity, owner
 from sharding.program import Value
 from sharding.spec import Layout
 
@@ -54,12 +54,16 @@ def words_layout(layout: Layout, value: Value) -> Layout:
 def split(x: np.ndarray, layout: Layout, mesh: MeshShape) -> np.ndarray:
     """What each device holds of `x`, as [devices, *local shape].
 
-    Padding is poison (NaN, integers in and out of bounds, True), and a partial value comes as
-    addends (or operands of its monoid) that give exactly `x`.
+    Padding is poison (NaN, integers in and out of bounds, True), and so is what only its owner has,
+    elsewhere. A partial value comes as addends (or operands of its monoid) that give exactly `x`.
     """
     shards = _cut(x, layout, mesh, poison(x.dtype))
     for monoid in dict.fromkeys(m for _, m in layout.partial):
         axes = tuple(a for a, m in layout.partial if m == monoid)
+        place = owner(monoid)
+        if place is not None:
+            shards = _only(shards, place, axes, mesh)
+            continue
         shards = _parts(shards, monoid, _index(axes, mesh), axes_size(mesh, axes))
     return shards
 
@@ -78,7 +82,9 @@ def whole_parts(shards: np.ndarray, layout: Layout, mesh: MeshShape) -> np.ndarr
         at = mesh.names.index(axis)
         slices = np.split(grid, sizes[at], at)
         with np.errstate(invalid="ignore", over="ignore"):
-            total = reduce(_REDUCE[monoid], slices).astype(shards.dtype)
+            place = owner(monoid)
+            total = reduce(_REDUCE[monoid], slices) if place is None else slices[place]
+            total = total.astype(shards.dtype)
         grid = np.concatenate([total] * sizes[at], at)
     return grid.reshape(shards.shape)
 
@@ -134,6 +140,13 @@ def _cut(x: np.ndarray, layout: Layout, mesh: MeshShape, fill: np.ndarray) -> np
         for i in range(mesh.size)
     ]
     return np.stack(pieces)
+
+
+def _only(x: np.ndarray, place: int, axes: Sequence[str], mesh: MeshShape) -> np.ndarray:
+    """`x` with poison but on devices at a place along every one of the axes."""
+    mine = np.all([_index((axis,), mesh) == place for axis in axes], 0)
+    elsewhere = np.resize(poison(x.dtype), x.shape).astype(x.dtype)
+    return np.where(mine.reshape(-1, *(1,) * (x.ndim - 1)), x, elsewhere)
 
 
 def _parts(x: np.ndarray, monoid: str, index: np.ndarray, count: int) -> np.ndarray:

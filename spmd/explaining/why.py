@@ -7,6 +7,7 @@ from typing import Any
 from sharding.errors import ArgumentError, Problem
 from sharding.explain import same_line
 from sharding.mesh import MeshShape
+from sharding.monoid import owner
 from sharding.op import Op, Value
 from sharding.program import describe
 from sharding.rule import Kind
@@ -121,6 +122,9 @@ def _made(inspector: Inspector, value: Value, layout: Layout) -> Iterator[str]:
     if op is None or op.control is not None:
         return
     for axis, monoid in layout.partial:
+        if (place := owner(monoid)) is not None:
+            yield f"only {axis}={place} has it"
+            continue
         for compute, _ in inspector.computes.get(op.index, ()):
             for name, axes in compute.assignment.factors:
                 if axis in axes and op.rule.factors[name].kind is Kind.REDUCE:

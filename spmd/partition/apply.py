@@ -1,7 +1,7 @@
 """Emits the collectives of a reshard plan, inside `shard_map`."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from math import prod
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from sharding.mesh import MeshShape, axes_size, axis_size
+from sharding.monoid import owner
 from sharding.spec import Layout
 from spmd.partition.reshard import Dims, Step
 
@@ -144,6 +145,13 @@ def _addend(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> 
     return lax.select(jnp.broadcast_to(first, x.shape), x, jnp.zeros_like(x))
 
 
+def _owner(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:
+    """Zeros on every device but the owner."""
+    held = [(axis, owner(monoid)) for axis, monoid in before.partial if axis in step.axes]
+    mine = reduce(jnp.logical_and, [lax.axis_index(axis) == place for axis, place in held])
+    return lax.select(jnp.broadcast_to(mine, x.shape), x, jnp.zeros_like(x))
+
+
 def _spread(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:
     whole = list(x.shape)
     whole[step.dim] *= axes_size(mesh, step.axes)
@@ -206,7 +214,7 @@ def _permute(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) ->
 
 
 _APPLY = {
-    "addend": _addend,
+    "owner": _owner, "addend": _addend,
     "spread": _spread,
     "slice": _slice,
     "all_gather": _all_gather,

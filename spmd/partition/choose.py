@@ -60,6 +60,13 @@ def choose(
     rule: Rule, operands: tuple[Tensor, ...], results: tuple[Tensor, ...], mesh: MeshShape
 ) -> Assignment:
     """The cheapest legal assignment; memoised, since layers repeat."""
+    return _choose(_Keyed(rule), operands, results, mesh)[0]
+
+
+def costs(
+    rule: Rule, operands: tuple[Tensor, ...], results: tuple[Tensor, ...], mesh: MeshShape
+) -> tuple[Assignment, float]:
+    """What `choose` chooses, and its cost: reshards and local work."""
     return _choose(_Keyed(rule), operands, results, mesh)
 
 
@@ -118,7 +125,7 @@ class _Keyed:
 @lru_cache(maxsize=1 << 16)
 def _choose(
     keyed: _Keyed, operands: tuple[Tensor, ...], results: tuple[Tensor, ...], mesh: MeshShape
-) -> Assignment:
+) -> tuple[Assignment, float]:
     rule = keyed.rule
     best, best_cost = None, float("inf")
     for assignment in _candidates(rule, operands, results, mesh):
@@ -126,7 +133,7 @@ def _choose(
         if total < best_cost:
             best, best_cost = assignment, total
     assert best is not None, "the empty assignment is always legal"
-    return best
+    return best, best_cost
 
 
 @lru_cache(maxsize=1 << 14)

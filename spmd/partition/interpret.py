@@ -52,7 +52,10 @@ def execute(
         value, src, dst = instruction.value, instruction.src, instruction.dst
         # At the boundary no operation asks for it: it belongs to the one that made the value.
         with _at(instruction.reason or value.op):
-            x = apply(instruction.plan.steps, read(Key(value, src)), src, value.shape, mesh)
+            x = read(Key(value, src))
+            if not hasattr(x, "shape"):  # a literal
+                x = jnp.asarray(x, value.dtype)
+            x = apply(instruction.plan.steps, x, src, value.shape, mesh)
         return [(Key(value, dst), x)]
     with _at(instruction.op):
         results = _compute(instruction, mesh, [read(key) for key in instruction.operands])

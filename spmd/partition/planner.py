@@ -13,6 +13,7 @@ from sharding.region import Port
 from sharding.rule import Kind
 from sharding.spec import Layout, Sharding
 from spmd.partition import diagnose
+from spmd.partition.broadcasts import late_broadcasts
 from spmd.partition.choose import (
     Alternatives,
     alternatives,
@@ -22,6 +23,7 @@ from spmd.partition.choose import (
     makes,
     needs,
 )
+from spmd.partition.gathers import shared
 from spmd.partition.loops import improved
 from spmd.partition.plan import (
     Assignment,
@@ -34,7 +36,7 @@ from spmd.partition.plan import (
 )
 from spmd.partition.regions import plan_regions
 from spmd.partition.reshard import plan
-from spmd.partition.sums import UNSETTLED, settle
+from spmd.partition.sums import settle
 from spmd.partition.tensor import Tensor
 
 
@@ -59,7 +61,8 @@ def make_plan(
         body = planner.region(propagated.program.body, mesh, ins, outs)
         more = _sub_axes(body)
         if not more:
-            return ProgramPlan(propagated.program, mesh, body, tuple(planner.diagnostics))
+            found = ProgramPlan(propagated.program, mesh, body, tuple(planner.diagnostics))
+            return late_broadcasts(found) if planner.on("late_broadcasts") else found
         refs |= more
 
 
@@ -84,6 +87,10 @@ class _Planner:
         self.refined: dict[Sharding, Layout] = {}
         self.layouts: dict[int, Layout] = {}
         self.expected: dict[int, tuple[tuple[Layout, int], ...]] = {}
+        self.alike: dict[int, tuple[tuple[Layout, int], ...]] = {}
+        # Where sums are reduced, of all regions being planned: see `sums.Sums`.
+        self.made: set[int] = set()
+        self.carried: dict[int, tuple[str, ...]] = {}
         # Layouts that a pass wants, in place of those propagated.
         self.assumed: dict[int, Layout] = {}
 
@@ -104,6 +111,7 @@ class _Planner:
         if only or layouts:
             self.assumed = {**({} if only else before), **layouts}
             self.expected.clear()
+            self.alike.clear()
         return before
 
     def refine(self, layout: Layout) -> Layout:
@@ -125,6 +133,25 @@ class _Planner:
             found = self.layouts[value.id] = self.refined[sharding]
         return found
 
+    def settle(self, region: Region) -> None:
+        """Decides where the partial sums of a region are reduced."""
+        if self.on("shared_sums"):
+            sums = settle(self, region)
+            for value in (v for op in region.ops for v in op.outputs):
+                self.made.discard(value.id)
+                self.carried.pop(value.id, None)
+            self.made |= sums.made
+            self.carried.update(sums.carried)
+
+    def result(self, value: Value) -> Tensor:
+        """What is wanted of a result."""
+        wanted, carried = self.wanted(value), self.carried.get(value.id)
+        later = value.id in self.made or bool(carried)
+        return Tensor(
+            value.shape, value.itemsize, (wanted,), ((wanted, _FREE),) if later else (),
+            used=self.uses[value.id] > 0, carried=carried,
+        )  # fmt: skip
+
     def leaving(self, value: Value) -> Layout:
         """The layout of a region's output: partial only where a pass assumes so."""
         return self.assumed.get(value.id, self.wanted(value).reduced())
@@ -144,12 +171,22 @@ class _Planner:
         """In which layouts the readers of a value are expected to need it, where more than one."""
         found = self.expected.get(value.id)
         if found is None:
+            found = self.counted(value)
+            if self.on("shared_gathers"):
+                found = shared(self, value, found)
+            self.expected[value.id] = found
+        return found
+
+    def counted(self, value: Value) -> tuple[tuple[Layout, int], ...]:
+        """In which layouts more than one reader needs a value, by what each has to make."""
+        found = self.alike.get(value.id)
+        if found is None:
             counts: dict[Layout, int] = {}
             for op, operand in self.propagated.program.readers[value.id]:
                 need = self.need(op, operand)
                 counts[need] = counts.get(need, 0) + 1
             found = tuple((need, n) for need, n in counts.items() if n > 1)
-            self.expected[value.id] = found
+            self.alike[value.id] = found
         return found
 
     def need(self, op: Op, operand: int) -> Layout:
@@ -202,7 +239,7 @@ class _Scope:
         self, planner: _Planner, region: Region, mesh: MeshShape, inputs: Sequence[Layout]
     ):
         self.planner, self.mesh = planner, mesh
-        self.sums = settle(planner, region) if planner.on("shared_sums") else UNSETTLED
+        planner.settle(region)
         self.code: list[Move | Compute] = []
         self.at_hand: dict[int, list[Layout]] = {}
         for value, layout in zip(region.inputs, inputs, strict=True):
@@ -221,14 +258,6 @@ class _Scope:
             anywhere=_from_nothing(value),
         )  # fmt: skip
 
-    def result(self, value: Value, wanted: Layout) -> Tensor:
-        carried = self.sums.carried.get(value.id)
-        later = value.id in self.sums.made or bool(carried)
-        return Tensor(
-            value.shape, value.itemsize, (wanted,), ((wanted, _FREE),) if later else (),
-            used=self.planner.uses[value.id] > 0, carried=carried,
-        )  # fmt: skip
-
     def compute(self, op: Op) -> None:
         rule = op.rule
         wanted = [self.planner.wanted(v) for v in op.outputs]
@@ -242,10 +271,7 @@ class _Scope:
         elif rule.early and _agree(op, operands, wanted[0]):
             assignment = forced(rule, wanted[0], self.mesh)
         else:
-            results = tuple(
-                self.result(v, w)
-                for v, w in zip(op.outputs, wanted, strict=True)
-            )
+            results = tuple(map(self.planner.result, op.outputs))
             assignment = choose(rule, operands, results, self.mesh)
         self.emit(op, assignment, operands, results)
 

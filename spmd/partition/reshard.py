@@ -21,14 +21,15 @@ Dims = tuple[tuple[str, ...], ...]
 
 
 # Steps in which no device sends anything.
-LOCAL = frozenset(("addend", "spread", "slice"))
+LOCAL = frozenset(("owner", "addend", "spread", "slice"))
 
 
 class Step(NamedTuple):
     """One collective, or a local slice.
 
     Attributes:
-      kind: addend, spread, slice, all_gather, all_to_all, reduce_scatter, all_reduce, permute.
+      kind: owner, addend, spread, slice, all_gather, all_to_all, reduce_scatter, all_reduce,
+        permute.
       axes: mesh axes it runs over, major to minor.
       dim: dim it acts on (gathered, sliced, scattered; all_to_all: gathered).
       to_dim: all_to_all: the dim that is split.

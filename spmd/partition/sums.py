@@ -51,9 +51,6 @@ class Sums(NamedTuple):
     carried: Mapping[int, tuple[str, ...]]
 
 
-UNSETTLED = Sums(frozenset(), {})  # each operation decides for itself
-
-
 def settle(planner: Any, region: Region) -> Sums:
     """Decides where the partial sums of a region are reduced.
 

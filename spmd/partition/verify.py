@@ -14,6 +14,7 @@ from sharding.mesh import MeshShape
 from sharding.program import Value, describe
 from sharding.spec import Layout
 from spmd.partition.choose import makes
+from spmd.partition.owners import made_of, owned, owners_of, shared_with, without
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
 
 ENABLED = os.environ.get("SPMD_VERIFY", "") not in ("", "0")
@@ -127,6 +128,11 @@ def _sums(instruction: Compute, region: int) -> set[int]:
         alike = body.outputs[out].layout == layout and {m for _, m in layout.partial} == {"add"}
         if r == region and alike:
             found |= {body.region.inputs[into].id, body.outputs[out].value.id}
+    for port in instruction.op.in_ports if control is not None and not control.exclusive else ():
+        layout = instruction.regions[port.region].inputs[port.inner]
+        held = instruction.operands[port.outer].layout.partial == layout.partial
+        if port.region == region and held and len(owners_of(layout)) == len(layout.partial):
+            found.add(instruction.regions[region].region.inputs[port.inner].id)
     for port in instruction.op.out_ports if control is not None and not control.exclusive else ():
         key = instruction.regions[port.region].outputs[port.inner]
         partial = instruction.results[port.outer].layout.partial
@@ -136,16 +142,27 @@ def _sums(instruction: Compute, region: int) -> set[int]:
 
 
 def _compute(instruction: Compute, mesh: MeshShape, problems: list[Problem]) -> None:
-    """Results are partial exactly as the rule says; partial operands are carried linearly."""
-    rule = instruction.op.rule
-    made = makes(rule, instruction.assignment, mesh)
-    for key, layout in zip(instruction.results, made, strict=True):
-        if key.layout != layout:
-            problems.append(_leak(key.value, key.layout, f"is made as {layout}"))
-    partial = [i for i, key in enumerate(instruction.operands) if key.layout.partial]
-    carried = {a for i in partial for a, _ in instruction.operands[i].layout.partial}
+    """Results are partial exactly as the rule says; partial operands are carried linearly. What one
+    device has of operands makes results that it has."""
+    rule, assignment = instruction.op.rule, instruction.assignment
+    layouts = [key.layout for key in instruction.operands]
+    owners = made_of(rule, assignment, layouts, mesh)
+    for i, (key, layout) in enumerate(
+        zip(instruction.results, makes(rule, assignment, mesh), strict=True)
+    ):
+        if owners is None:
+            problems.append(_leak(key.value, key.layout, "is made of what its owners alone have"))
+        first = owned(rule, assignment, len(layouts) + i, mesh)
+        made = shared_with(layout, owners or ())
+        alone = shared_with(without(made, frozenset(dict(first))), first)
+        if key.layout not in (made, alone):
+            problems.append(_leak(key.value, key.layout, f"is made as {made}"))
+    reduced = [without(x, frozenset(dict(owners_of(x)))) for x in layouts]
+    partial = [i for i, layout in enumerate(reduced) if layout.partial]
+    carried = {a for i in partial for a, _ in reduced[i].partial}
     if carried != set(instruction.assignment.carried):
-        problems.append(_leak(instruction.op.outputs[0], made[0], f"carries {carried}"))
+        key = instruction.results[0]
+        problems.append(_leak(key.value, key.layout, f"carries {carried}"))
     if partial and not any(tuple(partial) == tuple(sorted(g)) for g in rule.linear):
         key = instruction.operands[partial[0]]
         problems.append(

@@ -99,6 +99,13 @@ def test_sums_of_sums_and_a_start_that_is_not_zero() -> None:
     assert sent(without) == {"all_reduce": 12}
 
 
+def test_a_sum_that_starts_from_a_number() -> None:
+    """A literal of the program, of which one device has to have more than the others."""
+    fun = lambda x: lax.scan(lambda c, y: (c + jnp.sin(y).sum(), None), 0.5, x)[0]  # noqa: E731
+    ours, _ = both(fun, (arr(6, 16),), (P(None, "x"),), P())
+    assert sent(ours) == {"all_reduce": 1}
+
+
 def test_a_sum_that_a_step_reads_is_reduced_there() -> None:
     def fun(w: Any, xs: Any) -> Any:
         def step(total: Any, x: Any) -> Any:

@@ -1,0 +1,86 @@
+"""Pass `shared_gathers`: in which layout the readers of a value need it, decided for all of them.
+
+An operation that reads a sharded value may gather it, or move its other operands instead. What is
+cheaper for one may be dearer for all: the gradients of three projections of one input gather that
+input once, and not each the gradient that it is multiplied with. So the layouts that the readers
+may share are compared by what all of them cost, each with its operands where they were propagated
+to.
+"""
+
+from collections.abc import Iterator
+from itertools import combinations
+from typing import Any
+
+from sharding.program import Op, Value
+from sharding.rule import Kind
+from sharding.spec import Layout
+from spmd.partition.choose import costs, needs
+from spmd.partition.reshard import plan
+from spmd.partition.tensor import Tensor
+
+# Axes of a value; one sharded over more has too many subsets of them to try.
+AXES = 4
+# What sharing has to come to, of what readers cost that do not share. They are estimated: what
+# they find at hand when they are planned may be more.
+WORTH = 0.95
+
+Shares = tuple[tuple[Layout, int], ...]
+
+
+def shared(planner: Any, value: Value, expected: Shares) -> Shares:
+    """The layout that readers of a value share, with how many they are; () where none pays.
+
+    Args:
+      planner: `planner._Planner`.
+      expected: what the propagated layouts of the readers' results say; kept where no reader has a
+        choice between operands.
+    """
+    readers = [(op, i) for op, i in planner.propagated.program.readers[value.id] if _chooses(op)]
+    wanted = planner.wanted(value)
+    if len(readers) < 2 or wanted.partial or not 0 < len(wanted.used) <= AXES:
+        return expected
+    apart = sum(_reading(planner, op, i, wanted)[0] for op, i in readers)
+    best, found = WORTH * apart, None
+    for layout in _layouts(wanted, expected):
+        moved = plan(wanted, layout, value.shape, value.itemsize, planner.mesh).cost
+        if moved >= best:
+            continue
+        ways = [_reading(planner, op, i, layout) for op, i in readers]
+        total = moved + sum(cost for cost, _ in ways)
+        if total < best:
+            best, found = total, (layout, sum(need == layout for _, need in ways))
+    return expected if found is None or found[1] < 2 else (found,)
+
+
+def _chooses(op: Op) -> bool:
+    """Whether an operation may move either of two operands: it contracts them."""
+    return (
+        op.control is None and op.rule.annotation is None and len(op.inputs) > 1
+        and any(factor.kind is Kind.REDUCE for factor in op.rule.factors.values())
+    )  # fmt: skip
+
+
+def _layouts(wanted: Layout, expected: Shares) -> Iterator[Layout]:
+    """Those that may be shared: gathered over some axes, and those that results ask for."""
+    for n in range(1, len(wanted.used) + 1):
+        for gathered in combinations(sorted(wanted.used), n):
+            dims = tuple(tuple(a for a in dim if a not in gathered) for dim in wanted.dims)
+            yield Layout(dims)
+    yield from (layout for layout, _ in expected if layout != wanted)
+
+
+def _reading(planner: Any, op: Op, operand: int, layout: Layout) -> tuple[float, Layout]:
+    """What a reader costs when the value is at hand in a further layout; the one it takes."""
+    operands = tuple(
+        _tensor(planner, v, (layout,) if i == operand else None) for i, v in enumerate(op.inputs)
+    )
+    results = tuple(map(planner.result, op.outputs))
+    assignment, cost = costs(op.rule, operands, results, planner.mesh)
+    return cost, needs(op.rule, assignment, operands, planner.mesh)[operand]
+
+
+def _tensor(planner: Any, value: Value, further: tuple[Layout, ...] | None) -> Tensor:
+    """The value, also at hand in `further` layouts; others (None) may have readers that share."""
+    layouts = tuple(dict.fromkeys((planner.wanted(value), *(further or ()))))
+    alike = planner.counted(value) if further is None and planner.uses[value.id] > 1 else ()
+    return Tensor(value.shape, value.itemsize, layouts, alike)

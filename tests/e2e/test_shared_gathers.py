@@ -1,0 +1,55 @@
+"""What several operations could gather is gathered once, where that is cheaper for all of them."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+
+from sharding import P
+from tests.oracle import check, kinds, make_mesh
+
+RNG = np.random.default_rng(0)
+X = RNG.standard_normal((32, 64), np.float32)
+G = [RNG.standard_normal((32, 16), np.float32) for _ in range(4)]
+PLACES = (P("data", "tensor"), [P("data", "tensor")] * 4)
+WEIGHTS = [P("data", "tensor")] * 4
+
+
+def gradients(x: Any, g: Any) -> Any:
+    """Of four projections of one input: each sums over the rows, which `data` shards."""
+    return [lax.dot_general(x, each, (((0,), (0,)), ((), ()))) for each in g]
+
+
+def test_one_input_is_gathered_and_not_each_gradient() -> None:
+    mesh = make_mesh(data=2, tensor=4)
+    shared = check(gradients, (X, G), mesh, PLACES, WEIGHTS)
+    # X, 16 x 64 on a device, over `tensor`; each product, 64 x 4 there, over `data`
+    assert kinds(shared) == {
+        ("all_gather", ("tensor",)): (1, 16 * 64 * 4 * 3 / 4),
+        ("reduce_scatter", ("data",)): (4, 4 * 64 * 4 * 4 / 2),
+    }
+    alone = check(gradients, (X, G), mesh, PLACES, WEIGHTS, disable_passes=["shared_gathers"])
+    assert alone.wire_bytes > shared.wire_bytes
+
+
+def test_one_reader_gathers_what_is_smaller() -> None:
+    """With one projection it is cheaper to gather its gradient, 16 x 16, and to leave X alone."""
+    planned = check(
+        gradients, (X, G[:1]), make_mesh(data=2, tensor=4), (PLACES[0], PLACES[1][:1]),
+        WEIGHTS[:1],
+    )  # fmt: skip
+    gathered = kinds(planned)["all_gather", ("tensor",)]
+    assert gathered == (1, 16 * 16 * 4 * 3 / 4), planned
+
+
+def test_gradients_of_projections() -> None:
+    """The whole of it, with what comes back to the input, under two ways of sharding weights."""
+
+    def loss(x: Any, w: Any) -> Any:
+        return sum((jax.numpy.tanh(x @ each) ** 2).sum() for each in w)
+
+    w = [RNG.standard_normal((64, 16), np.float32) / 8 for _ in range(4)]
+    for spec in (P("data", "tensor"), P("tensor", "data")):
+        mesh, places = make_mesh(data=2, tensor=4), (P("data", "tensor"), [spec] * 4)
+        check(jax.grad(loss, (0, 1)), (X, w), mesh, places, places)
