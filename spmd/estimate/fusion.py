@@ -10,6 +10,7 @@ from typing import NamedTuple
 from sharding.rule import Kind
 from sharding.spec import Layout
 from spmd.chips import Chip
+from spmd.estimate.tiles import Sizes
 from spmd.estimate.work import Line
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
 
@@ -25,17 +26,19 @@ class Compiler(NamedTuple):
       hoists: what a loop runs over and converts to a narrower dtype is converted before it, whole.
       beside: kinds of collectives that run beside computation: their results are not put in the
         place of their operands.
+      tiled: the two minor dims of arrays lie in tiles, see `tiles`.
     """
 
     into_dots: bool = True
     hoists: bool = True
     beside: frozenset[str] = frozenset()
+    tiled: bool = False
 
     @staticmethod
     def of(chip: Chip) -> "Compiler":
         """XLA's for a chip."""
         tpu = chip.family == "tpu"
-        return Compiler(tpu, tpu, chip.overlaps if tpu else frozenset())
+        return Compiler(tpu, tpu, chip.overlaps if tpu else frozenset(), tpu)
 
 
 ANY = Compiler()
@@ -65,7 +68,7 @@ def name(key: Key) -> Name:
 
 def held(plan: ProgramPlan, lines: tuple[Line, ...], compiler: Compiler = ANY) -> Held:
     """Decides for every value whether it is held."""
-    readers = _readers(lines)
+    readers, sizes = _readers(lines), Sizes(lines, compiler.tiled)
     leaving = set(_leaving(plan.body))
     roots: dict[Name, tuple[Key, ...]] = {}
     same: dict[Name, Key] = {}
@@ -89,7 +92,9 @@ def held(plan: ProgramPlan, lines: tuple[Line, ...], compiler: Compiler = ANY) -
                 inside
                 and len(sources) <= _MOST_ROOTS
                 and fusible(line)
+                and not sizes.packed(key, line.mesh)
                 and _absorbed(line, readers.get(name(key), ()), compiler.into_dots)
+                and not _dear(line, key, sources, readers)
             ):
                 roots[name(key)] = sources
             else:
@@ -153,13 +158,36 @@ def _absorbed(line: Line, readers: Sequence[Line], into_dots: bool) -> bool:
     )
 
 
+def _dear(
+    line: Line, key: Key, sources: Sequence[Key], readers: Mapping[Name, Sequence[Line]]
+) -> bool:
+    """Whether its readers move more bytes when each of them reads what the value is made of, than
+    when it is written once and they read that."""
+    count = len({_end(reader, readers).index for reader in readers.get(name(key), ())})
+    size = key.local_bytes(line.mesh)
+    made_of = sum(source.local_bytes(line.mesh) for source in sources)
+    return size + made_of + count * size < count * made_of
+
+
+def _end(line: Line, readers: Mapping[Name, Sequence[Line]]) -> Line:
+    """Of lines that read each other and nothing else does, the last: they are one fusion."""
+    while fusible(line) and len(line.writes) == 1:
+        following = readers.get(name(line.writes[0]), ())
+        if len(following) != 1 or following[0].parent != line.parent:
+            break
+        line = following[0]
+    return line
+
+
 def _takes_in(reader: Line, into_dots: bool) -> bool:
     if fusible(reader):
         return True
     found = reader.instruction
-    if isinstance(found, Move) or found.regions or reader.wires or found.op.rule.local is not None:
+    if isinstance(found, Move) or found.regions or reader.wires:
         return False
-    return _reduces(reader) and (into_dots or not reader.contracts)
+    if reader.contracts:  # what such a line does of its own without communicating is its operation
+        return into_dots and _reduces(reader)
+    return found.op.rule.local is None and _reduces(reader)
 
 
 def _reduces(line: Line) -> bool:

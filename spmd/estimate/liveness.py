@@ -12,6 +12,7 @@ from sharding.program import Value
 from sharding.spec import Layout
 from spmd.estimate.fusion import ANY, Compiler, Held, Name, fusible, held, name
 from spmd.estimate.schedule import scheduled
+from spmd.estimate.tiles import Sizes
 from spmd.estimate.work import Line, lines
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan
 
@@ -93,6 +94,9 @@ class _Allocation:
         compiler: Compiler,
     ):  # fmt: skip
         self.plan, self.lines, self.kept, self.donated = plan, lines, kept, donated
+        self.into_dots = compiler.into_dots
+        self.makers = {name(key): line for line in lines for key in kept.writes[line.index]}
+        self.sizes = Sizes(lines, compiler.tiled)
         self.in_place = _IN_PLACE - compiler.beside
         self.hoisted = _hoisted(lines) if compiler.hoists else {}
         self.after = _after(lines)
@@ -101,6 +105,7 @@ class _Allocation:
         self.done: list[Buffer] = []
         # Buffers that stand in another one's place: they cost nothing of their own.
         self.aliases: set[Name] = set()
+        self.laid_out: set[Name] = set()  # arguments that are copied for convolutions
 
     def run(self) -> list[Buffer]:
         self.arguments()
@@ -120,11 +125,12 @@ class _Allocation:
             key = Key(value, layout)
             free = i < len(self.donated) and self.donated[i]
             end = self.ends.get(name(key), 0) if free else count
-            size = key.local_bytes(region.mesh)
+            size = self.sizes.argument(key, region.mesh)
             self.buffers[name(key)] = Buffer(key, size, 0, end, i)
         for value in region.region.consts:
             key = Key(value, Layout(((),) * value.rank))
-            self.buffers.setdefault(name(key), Buffer(key, key.local_bytes(region.mesh), 0, count))
+            size = self.sizes.argument(key, region.mesh)
+            self.buffers.setdefault(name(key), Buffer(key, size, 0, count))
 
     def _ends(self) -> Mapping[Name, int]:
         """Where a value is needed last: after its last reader, or where its region ends."""
@@ -142,13 +148,15 @@ class _Allocation:
         return ends
 
     def write(self, line: Line, writes: Sequence[Key]) -> None:
-        free = self.ending(line)
+        maker = self.computed_with(line)
+        free = self.ending(line) if maker is None else self.replaced(line, maker)
+        start = line.index if maker is None else maker.index
         for key in writes:
-            size = key.local_bytes(line.mesh)
+            size = self.sizes.of(key, line.mesh)
             end = max(self.ends.get(name(key), 0), line.index + 1)
             place = next((b for b in free if b.bytes == size or name(b.key) in self.aliases), None)
             if place is None:
-                self.buffers[name(key)] = Buffer(key, size, line.index, end)
+                self.buffers[name(key)] = Buffer(key, size, start, end)
                 continue
             free.remove(place)
             if name(place.key) in self.aliases:
@@ -157,6 +165,22 @@ class _Allocation:
             old = self.buffers.pop(name(place.key))
             self.done.append(old._replace(end=line.index))
             self.buffers[name(key)] = Buffer(key, size, line.index, end, old.argument)
+
+    def computed_with(self, line: Line) -> Line | None:
+        """The contraction of which a line is computed, element by element, as its result leaves
+        the matrix units: the line's own result is there as early, beside the operands."""
+        if not self.into_dots or not fusible(line):
+            return None
+        makers = [self.makers[name(k)] for k in self.kept.reads[line.index] if name(k) in self.makers]
+        last = max(makers, key=lambda maker: maker.index, default=None)
+        if last is None or last.parent != line.parent or not last.contracts:
+            return None
+        between = self.lines[last.index + 1 : line.index]
+        return None if any(other.contracts or _regions(other) for other in between) else last
+
+    def replaced(self, line: Line, maker: Line) -> list[Buffer]:
+        """The result of the contraction, where nothing else reads it."""
+        return [b for b in self.ending(line) if name(b.key) in map(name, maker.writes)]
 
     def ending(self, line: Line) -> list[Buffer]:
         """Buffers that a result of the line may take over: operands that end there, of operations
@@ -175,9 +199,22 @@ class _Allocation:
             and self.buffers[name(key)].end <= self.after[line.index]
         ]
 
+    def lay_out(self, line: Line) -> None:
+        """Slices for a halo are cut in the layout of the convolution that needs it: an argument is
+        copied to that first."""
+        if not line.contracts or not line.wires:
+            return
+        for key in line.reads:
+            found = self.buffers.get(name(key))
+            if found and found.argument >= 0 and not found.start and name(key) not in self.laid_out:
+                self.laid_out.add(name(key))
+                size = self.sizes.of(key, line.mesh) if self.sizes.moved(key, line.mesh) else 0
+                self.done.append(Buffer(key, size, line.index, self.ends[name(key)]))
+
     def enter(self, line: Line) -> None:
         """What a region sees of the outside is outside already."""
         found = line.instruction
+        self.lay_out(line)
         for key, size in self.hoisted.get(line.index, ()):
             self.done.append(Buffer(key, size, line.index, self.after[line.index]))
         for region in found.regions if isinstance(found, Compute) else ():
@@ -187,6 +224,10 @@ class _Allocation:
                     key, 0, line.index, self.ends.get(name(key), line.index + 1)
                 )
                 self.aliases.add(name(key))
+
+
+def _regions(line: Line) -> bool:
+    return isinstance(line.instruction, Compute) and bool(line.instruction.regions)
 
 
 def _hoisted(lines: tuple[Line, ...]) -> Mapping[int, list[tuple[Key, int]]]:
