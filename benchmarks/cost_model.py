@@ -38,12 +38,12 @@ def run(key: str, before: dict[str, Any] | None) -> dict[str, Any]:
 
     prepare()
     import spmd
-    from benchmarks.cost_programs import PROGRAMS
+    from benchmarks.cost_programs import PROGRAMS, UNSEEN
     from spmd.ahead.compile import aot_partitioned
     from spmd.ahead.libtpu import described_mesh
     from spmd.hardware import Machine
 
-    program = next(p for p in PROGRAMS if p.key == key)
+    program = next(p for p in (*PROGRAMS, *UNSEEN) if p.key == key)
     machine = Machine.parse(program.topology)
     mesh, layout = described_mesh(machine, program.mesh)
     fun, args, options = program.make()
@@ -206,9 +206,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run_missing(options: argparse.Namespace, results: dict[str, Any]) -> list[str]:
-    from benchmarks.cost_programs import PROGRAMS
+    from benchmarks.cost_programs import PROGRAMS, UNSEEN
 
-    wanted = [p.key for p in PROGRAMS if re.search(options.only, p.key)]
+    wanted = [p.key for p in (*PROGRAMS, *UNSEEN) if re.search(options.only, p.key)]
     failed = []
     for number, key in enumerate(wanted, 1):
         if options.predict if key not in results else not (options.again or options.predict):

@@ -27,18 +27,20 @@ class Compiler(NamedTuple):
       beside: kinds of collectives that run beside computation: their results are not put in the
         place of their operands.
       tiled: the two minor dims of arrays lie in tiles, see `tiles`.
+      chip: by whose numbers it puts other work beside collectives; None: it does not.
     """
 
     into_dots: bool = True
     hoists: bool = True
     beside: frozenset[str] = frozenset()
     tiled: bool = False
+    chip: Chip | None = None
 
     @staticmethod
     def of(chip: Chip) -> "Compiler":
         """XLA's for a chip."""
         tpu = chip.family == "tpu"
-        return Compiler(tpu, tpu, chip.overlaps if tpu else frozenset(), tpu)
+        return Compiler(tpu, tpu, chip.overlaps if tpu else frozenset(), tpu, chip if tpu else None)
 
 
 ANY = Compiler()
@@ -51,11 +53,16 @@ class Held(NamedTuple):
       writes: line -> values that it writes to memory.
       reads: line -> values in memory that it reads, directly or through what is fused into it.
       same: value that an identity makes -> the value in memory that it is.
+      sums: value that the pass of a sum over it writes -> such sums. Who reads it before computes it
+        again.
+      turned: line -> what it reads with its dims in another order, through what is fused into it.
     """
 
     writes: tuple[tuple[Key, ...], ...]
     reads: tuple[tuple[Key, ...], ...]
     same: Mapping[Name, Key]
+    sums: Mapping[Name, frozenset[Name]] = {}
+    turned: tuple[frozenset[Name], ...] = ()
 
     def memory_of(self, key: Key) -> Name:
         """What has to be held for a value to be there."""
@@ -69,6 +76,9 @@ def name(key: Key) -> Name:
 def held(plan: ProgramPlan, lines: tuple[Line, ...], compiler: Compiler = ANY) -> Held:
     """Decides for every value whether it is held."""
     readers, sizes = _readers(lines), Sizes(lines, compiler.tiled)
+    written = _written_by_sums(lines)
+    turned: dict[Name, frozenset[Name]] = {}
+    by_line: list[frozenset[Name]] = []
     leaving = set(_leaving(plan.body))
     roots: dict[Name, tuple[Key, ...]] = {}
     same: dict[Name, Key] = {}
@@ -81,6 +91,9 @@ def held(plan: ProgramPlan, lines: tuple[Line, ...], compiler: Compiler = ANY) -
                 if root.value.const is None or root.value.rank:
                     found[name(root)] = root
         sources = tuple(found.values())
+        by_line.append(frozenset().union(*(turned.get(name(key), ()) for key in line.reads)))
+        dims = frozenset(found) ^ by_line[-1] if _transposes(line) else by_line[-1]
+        turned.update((name(key), dims) for key in line.writes if fusible(line))
         kept = []
         for key in line.writes:
             inside = name(key) not in leaving
@@ -92,6 +105,7 @@ def held(plan: ProgramPlan, lines: tuple[Line, ...], compiler: Compiler = ANY) -
                 inside
                 and len(sources) <= _MOST_ROOTS
                 and fusible(line)
+                and name(key) not in written
                 and not sizes.packed(key, line.mesh)
                 and _absorbed(line, readers.get(name(key), ()), compiler.into_dots)
                 and not _dear(line, key, sources, readers)
@@ -101,7 +115,7 @@ def held(plan: ProgramPlan, lines: tuple[Line, ...], compiler: Compiler = ANY) -
                 kept.append(key)
         writes.append(tuple(kept))
         reads.append(sources)
-    return Held(tuple(writes), tuple(reads), same)
+    return Held(tuple(writes), tuple(reads), same, written, tuple(by_line))
 
 
 def _itself(key: Key, roots: Mapping[Name, object], same: Mapping[Name, Key]) -> Key | None:
@@ -122,6 +136,16 @@ def fusible(line: Line) -> bool:
         return False
     rule = found.op.rule
     return rule.early or rule.expands or not found.operands
+
+
+def _transposes(line: Line) -> bool:
+    """Whether the dims of its only operand come in another order."""
+    found = line.instruction
+    if not isinstance(found, Compute) or found.regions or len(found.op.rule.operands) != 1:
+        return False
+    (before,), after = found.op.rule.operands, found.op.rule.results[0]
+    kept = [names for names in before if names in after and names]
+    return kept != [names for names in after if names in kept]
 
 
 def _identity(line: Line) -> bool:
@@ -147,15 +171,39 @@ def _leaving(region: RegionPlan) -> Iterator[Name]:
 
 
 def _absorbed(line: Line, readers: Sequence[Line], into_dots: bool) -> bool:
-    """Whether every reader takes the value in: elementwise operations, reductions, contractions;
-    of what is dear to compute, no sum and others besides: the sum's pass writes it."""
-    found = line.instruction
-    dear = isinstance(found, Compute) and found.op.rule.once and len(readers) > 1
-    if dear and any(_reduces(reader) for reader in readers):
-        return False
+    """Whether every reader takes the value in: elementwise operations, reductions, contractions."""
     return all(
         _takes_in(reader, into_dots) and reader.parent == line.parent for reader in readers
     )
+
+
+def _written_by_sums(lines: tuple[Line, ...]) -> dict[Name, frozenset[Name]]:
+    """Values that contractions would read in fused form, and that are dear to compute, where sums
+    go over the same: XLA lets a sum's pass write them. Not where they need that sum."""
+    dear: dict[Name, frozenset[Name]] = {}  # what is dear in a value, since it was last in memory
+    needs: dict[Name, frozenset[Name]] = {}  # the sums in it
+    sums: dict[Name, set[Name]] = {}  # what is dear -> sums over it
+    read: list[Key] = []
+    for line in lines:
+        inside = frozenset().union(*(dear.get(name(key), ()) for key in line.reads))
+        summed = frozenset().union(*(needs.get(name(key), ()) for key in line.reads))
+        results = [name(key) for key in line.writes]
+        if fusible(line) or _identity(line):
+            once = isinstance(line.instruction, Compute) and line.instruction.op.rule.once
+            for result in results:
+                dear[result] = inside | ({result} if once else frozenset())
+                needs[result] = summed
+        elif _reduces(line) and not line.contracts:
+            needs.update(dict.fromkeys(results, summed | set(results)))
+            for found in inside:
+                sums.setdefault(found, set()).update(results)
+        elif line.contracts:
+            read += [key for key in line.reads if dear.get(name(key))]
+    found = {
+        name(key): frozenset().union(*(sums.get(d, ()) for d in dear[name(key)])) - needs[name(key)]
+        for key in read
+    }
+    return {value: passes for value, passes in found.items() if passes}
 
 
 def _dear(

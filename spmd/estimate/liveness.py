@@ -11,6 +11,7 @@ from typing import NamedTuple
 from sharding.program import Value
 from sharding.spec import Layout
 from spmd.estimate.fusion import ANY, Compiler, Held, Name, fusible, held, name
+from spmd.estimate.latency import beside, delayed
 from spmd.estimate.schedule import scheduled
 from spmd.estimate.tiles import Sizes
 from spmd.estimate.work import Line, lines
@@ -94,7 +95,7 @@ class _Allocation:
         compiler: Compiler,
     ):  # fmt: skip
         self.plan, self.lines, self.kept, self.donated = plan, lines, kept, donated
-        self.into_dots = compiler.into_dots
+        self.compiler = compiler
         self.makers = {name(key): line for line in lines for key in kept.writes[line.index]}
         self.sizes = Sizes(lines, compiler.tiled)
         self.in_place = _IN_PLACE - compiler.beside
@@ -112,6 +113,7 @@ class _Allocation:
         for line in self.lines:
             writes = self.kept.writes[line.index]
             if writes:
+                self.turn(line, writes)
                 self.write(line, writes)
             self.enter(line)
         for found in map(self.kept.memory_of, self.plan.body.outputs):
@@ -135,9 +137,18 @@ class _Allocation:
     def _ends(self) -> Mapping[Name, int]:
         """Where a value is needed last: after its last reader, or where its region ends."""
         ends: dict[Name, int] = {}
+        first = {
+            name(key): line.index for line in reversed(self.lines)
+            if self.kept.writes[line.index] for key in self.kept.reads[line.index]
+        }  # fmt: skip
         for line, reads in zip(self.lines, self.kept.reads, strict=True):
             for key in reads:
                 ends[name(key)] = max(ends.get(name(key), 0), self.after[line.index])
+        for line in self.lines:
+            if beside(line, self.compiler):  # the operand is read until somebody has the result
+                done = min((first.get(name(key), 0) for key in line.writes), default=0)
+                for key in self.kept.reads[line.index]:
+                    ends[name(key)] = max(ends[name(key)], done)
         for line in self.lines:
             found = line.instruction
             for region in found.regions if isinstance(found, Compute) else ():
@@ -148,9 +159,9 @@ class _Allocation:
         return ends
 
     def write(self, line: Line, writes: Sequence[Key]) -> None:
-        maker = self.computed_with(line)
+        maker, late = self.computed_with(line), self.written_late(line)
         free = self.ending(line) if maker is None else self.replaced(line, maker)
-        start = line.index if maker is None else maker.index
+        start = late or (line.index if maker is None else maker.index)
         for key in writes:
             size = self.sizes.of(key, line.mesh)
             end = max(self.ends.get(name(key), 0), line.index + 1)
@@ -169,7 +180,7 @@ class _Allocation:
     def computed_with(self, line: Line) -> Line | None:
         """The contraction of which a line is computed, element by element, as its result leaves
         the matrix units: the line's own result is there as early, beside the operands."""
-        if not self.into_dots or not fusible(line):
+        if not self.compiler.into_dots or not fusible(line):
             return None
         makers = [self.makers[name(k)] for k in self.kept.reads[line.index] if name(k) in self.makers]
         last = max(makers, key=lambda maker: maker.index, default=None)
@@ -177,6 +188,12 @@ class _Allocation:
             return None
         between = self.lines[last.index + 1 : line.index]
         return None if any(other.contracts or _regions(other) for other in between) else last
+
+    def written_late(self, line: Line) -> int:
+        """The line whose pass writes what a sum goes over, see `Held.sums`; 0: its own."""
+        found = [self.makers[s].index for k in line.writes for s in self.kept.sums.get(name(k), ())]
+        last = max((self.ends.get(name(k), 0) for k in line.writes), default=0) - 1
+        return max(line.index, min(*found, last)) if found else 0
 
     def replaced(self, line: Line, maker: Line) -> list[Buffer]:
         """The result of the contraction, where nothing else reads it."""
@@ -210,6 +227,21 @@ class _Allocation:
                 self.laid_out.add(name(key))
                 size = self.sizes.of(key, line.mesh) if self.sizes.moved(key, line.mesh) else 0
                 self.done.append(Buffer(key, size, line.index, self.ends[name(key)]))
+
+    def turn(self, line: Line, writes: Sequence[Key]) -> None:
+        """Collectives beside computation leave their results with dims in the order of the program,
+        as arguments come. An argument that meets one whose dims are turned is copied to that order,
+        while the collective runs."""
+        turned = [self.makers[found] for found in self.kept.turned[line.index] if found in self.makers]
+        movers = [maker for maker in turned if beside(maker, self.compiler)]
+        if not movers or not fusible(line):
+            return
+        for key in self.kept.reads[line.index]:
+            found = self.buffers.get(name(key))
+            straight = name(key) not in self.kept.turned[line.index]
+            if found and found.argument >= 0 and straight and found.bytes == self.sizes.of(key, line.mesh):
+                start = min(maker.index for maker in movers)
+                self.done.append(Buffer(key, found.bytes, start, line.index + 1))
 
     def enter(self, line: Line) -> None:
         """What a region sees of the outside is outside already."""
@@ -298,7 +330,7 @@ def ordered(
     plan: ProgramPlan, donated: Sequence[bool] = (), compiler: Compiler = ANY
 ) -> Ordered:
     """A plan in the order of the program, or in the one that `schedule` finds, where that holds
-    less: compilers choose so too.
+    less: compilers choose so too. What reads transfers then waits for them, see `latency`.
 
     Args:
       donated: as for `profile`.
@@ -309,7 +341,12 @@ def ordered(
     found = scheduled(plan, found, kept)
     kept = held(plan, found, compiler)
     other = Ordered(found, kept, profile(plan, found, donated, kept, compiler))
-    return min(program, other, key=lambda order: order.memory.peak)
+    best = min(program, other, key=lambda order: order.memory.peak)
+    found = delayed(best.lines, best.kept, compiler)
+    if found is best.lines:
+        return best
+    kept = held(plan, found, compiler)
+    return Ordered(found, kept, profile(plan, found, donated, kept, compiler))
 
 
 def peak_bytes(
