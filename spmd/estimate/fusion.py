@@ -53,8 +53,8 @@ class Held(NamedTuple):
       writes: line -> values that it writes to memory.
       reads: line -> values in memory that it reads, directly or through what is fused into it.
       same: value that an identity makes -> the value in memory that it is.
-      sums: value that the pass of a sum over it writes -> such sums. Who reads it before computes it
-        again.
+      sums: value that the pass of a sum over it writes -> such sums. Who reads it before that computes
+        it again.
       turned: line -> what it reads with its dims in another order, through what is fused into it.
     """
 
@@ -75,47 +75,73 @@ def name(key: Key) -> Name:
 
 def held(plan: ProgramPlan, lines: tuple[Line, ...], compiler: Compiler = ANY) -> Held:
     """Decides for every value whether it is held."""
-    readers, sizes = _readers(lines), Sizes(lines, compiler.tiled)
-    written = _written_by_sums(lines)
-    turned: dict[Name, frozenset[Name]] = {}
-    by_line: list[frozenset[Name]] = []
-    leaving = set(_leaving(plan.body))
-    roots: dict[Name, tuple[Key, ...]] = {}
-    same: dict[Name, Key] = {}
-    writes: list[tuple[Key, ...]] = []
-    reads: list[tuple[Key, ...]] = []
-    for line in lines:
+    return _Fusion(plan, lines, compiler).run()
+
+
+class _Fusion:
+    """Walks the lines once forward."""
+
+    def __init__(self, plan: ProgramPlan, lines: tuple[Line, ...], compiler: Compiler):
+        self.lines, self.compiler = lines, compiler
+        self.sizes = Sizes(lines, compiler.tiled)
+        self.readers = _readers(lines)
+        self.leaving = set(_leaving(plan.body))
+        self.sums = _written_by_sums(lines)
+        self.roots: dict[Name, tuple[Key, ...]] = {}
+        self.same: dict[Name, Key] = {}
+        self.turned: dict[Name, frozenset[Name]] = {}
+
+    def run(self) -> Held:
+        writes: list[tuple[Key, ...]] = []
+        reads: list[tuple[Key, ...]] = []
+        turned: list[frozenset[Name]] = []
+        for line in self.lines:
+            sources = self.sources(line)
+            turned.append(self.turn(line, sources))
+            writes.append(tuple(key for key in line.writes if not self.fused(line, key, sources)))
+            reads.append(sources)
+        return Held(tuple(writes), tuple(reads), self.same, self.sums, tuple(turned))
+
+    def sources(self, line: Line) -> tuple[Key, ...]:
+        """What is in memory of what a line reads."""
         found: dict[Name, Key] = {}
         for key in line.reads:
-            for root in roots.get(name(key), (key,)):
+            for root in self.roots.get(name(key), (key,)):
                 if root.value.const is None or root.value.rank:
                     found[name(root)] = root
-        sources = tuple(found.values())
-        by_line.append(frozenset().union(*(turned.get(name(key), ()) for key in line.reads)))
-        dims = frozenset(found) ^ by_line[-1] if _transposes(line) else by_line[-1]
-        turned.update((name(key), dims) for key in line.writes if fusible(line))
-        kept = []
-        for key in line.writes:
-            inside = name(key) not in leaving
-            if _identity(line) and (whole := _itself(line.reads[0], roots, same)):
-                roots[name(key)], same[name(key)] = sources, whole
-            elif _identity(line) and inside:
-                roots[name(key)] = sources
-            elif (
-                inside
-                and len(sources) <= _MOST_ROOTS
-                and fusible(line)
-                and name(key) not in written
-                and not sizes.packed(key, line.mesh)
-                and _absorbed(line, readers.get(name(key), ()), compiler.into_dots)
-                and not _dear(line, key, sources, readers)
-            ):
-                roots[name(key)] = sources
-            else:
-                kept.append(key)
-        writes.append(tuple(kept))
-        reads.append(sources)
-    return Held(tuple(writes), tuple(reads), same, written, tuple(by_line))
+        return tuple(found.values())
+
+    def fused(self, line: Line, key: Key, sources: tuple[Key, ...]) -> bool:
+        """Whether a result is not written; its readers read the sources then."""
+        inside = name(key) not in self.leaving
+        if _identity(line):
+            if whole := _itself(line.reads[0], self.roots, self.same):
+                self.same[name(key)] = whole
+            elif not inside:
+                return False
+        elif not (inside and self.absorbed(line, key, sources)):
+            return False
+        self.roots[name(key)] = sources
+        return True
+
+    def absorbed(self, line: Line, key: Key, sources: tuple[Key, ...]) -> bool:
+        if len(sources) > _MOST_ROOTS or not fusible(line) or name(key) in self.sums:
+            return False
+        readers = self.readers.get(name(key), ())
+        if self.sizes.packed(key, line.mesh) or _dear(line, key, sources, self.readers):
+            return False
+        return all(
+            reader.parent == line.parent and _takes_in(reader, self.compiler.into_dots)
+            for reader in readers
+        )
+
+    def turn(self, line: Line, sources: tuple[Key, ...]) -> frozenset[Name]:
+        """The sources whose dims come in another order in what a line reads."""
+        before = frozenset().union(*(self.turned.get(name(key), ()) for key in line.reads))
+        after = before ^ frozenset(map(name, sources)) if _transposes(line) else before
+        if fusible(line):
+            self.turned.update((name(key), after) for key in line.writes)
+        return before
 
 
 def _itself(key: Key, roots: Mapping[Name, object], same: Mapping[Name, Key]) -> Key | None:
@@ -170,14 +196,7 @@ def _leaving(region: RegionPlan) -> Iterator[Name]:
             yield from _leaving(inner)
 
 
-def _absorbed(line: Line, readers: Sequence[Line], into_dots: bool) -> bool:
-    """Whether every reader takes the value in: elementwise operations, reductions, contractions."""
-    return all(
-        _takes_in(reader, into_dots) and reader.parent == line.parent for reader in readers
-    )
-
-
-def _written_by_sums(lines: tuple[Line, ...]) -> dict[Name, frozenset[Name]]:
+def _written_by_sums(lines: Sequence[Line]) -> dict[Name, frozenset[Name]]:
     """Values that contractions would read in fused form, and that are dear to compute, where sums
     go over the same: XLA lets a sum's pass write them. Not where they need that sum."""
     dear: dict[Name, frozenset[Name]] = {}  # what is dear in a value, since it was last in memory

@@ -113,7 +113,7 @@ class _Allocation:
         for line in self.lines:
             writes = self.kept.writes[line.index]
             if writes:
-                self.turn(line, writes)
+                self.turn(line)
                 self.write(line, writes)
             self.enter(line)
         for found in map(self.kept.memory_of, self.plan.body.outputs):
@@ -160,7 +160,9 @@ class _Allocation:
 
     def write(self, line: Line, writes: Sequence[Key]) -> None:
         maker, late = self.computed_with(line), self.written_late(line)
-        free = self.ending(line) if maker is None else self.replaced(line, maker)
+        free = self.ending(line)
+        if maker is not None:  # it takes the place of the contraction's result alone
+            free = [b for b in free if name(b.key) in map(name, maker.writes)]
         start = late or (line.index if maker is None else maker.index)
         for key in writes:
             size = self.sizes.of(key, line.mesh)
@@ -182,7 +184,8 @@ class _Allocation:
         the matrix units: the line's own result is there as early, beside the operands."""
         if not self.compiler.into_dots or not fusible(line):
             return None
-        makers = [self.makers[name(k)] for k in self.kept.reads[line.index] if name(k) in self.makers]
+        reads = map(name, self.kept.reads[line.index])
+        makers = [self.makers[found] for found in reads if found in self.makers]
         last = max(makers, key=lambda maker: maker.index, default=None)
         if last is None or last.parent != line.parent or not last.contracts:
             return None
@@ -194,10 +197,6 @@ class _Allocation:
         found = [self.makers[s].index for k in line.writes for s in self.kept.sums.get(name(k), ())]
         last = max((self.ends.get(name(k), 0) for k in line.writes), default=0) - 1
         return max(line.index, min(*found, last)) if found else 0
-
-    def replaced(self, line: Line, maker: Line) -> list[Buffer]:
-        """The result of the contraction, where nothing else reads it."""
-        return [b for b in self.ending(line) if name(b.key) in map(name, maker.writes)]
 
     def ending(self, line: Line) -> list[Buffer]:
         """Buffers that a result of the line may take over: operands that end there, of operations
@@ -228,20 +227,19 @@ class _Allocation:
                 size = self.sizes.of(key, line.mesh) if self.sizes.moved(key, line.mesh) else 0
                 self.done.append(Buffer(key, size, line.index, self.ends[name(key)]))
 
-    def turn(self, line: Line, writes: Sequence[Key]) -> None:
+    def turn(self, line: Line) -> None:
         """Collectives beside computation leave their results with dims in the order of the program,
         as arguments come. An argument that meets one whose dims are turned is copied to that order,
         while the collective runs."""
-        turned = [self.makers[found] for found in self.kept.turned[line.index] if found in self.makers]
-        movers = [maker for maker in turned if beside(maker, self.compiler)]
+        turned = self.kept.turned[line.index]
+        movers = [m for m in map(self.makers.get, turned) if m and beside(m, self.compiler)]
         if not movers or not fusible(line):
             return
+        start, size = min(m.index for m in movers), self.sizes.of(line.writes[0], line.mesh)
         for key in self.kept.reads[line.index]:
             found = self.buffers.get(name(key))
-            straight = name(key) not in self.kept.turned[line.index]
-            if found and found.argument >= 0 and straight and found.bytes == self.sizes.of(key, line.mesh):
-                start = min(maker.index for maker in movers)
-                self.done.append(Buffer(key, found.bytes, start, line.index + 1))
+            if found and found.argument >= 0 and found.bytes == size and name(key) not in turned:
+                self.done.append(Buffer(key, size, start, line.index + 1))
 
     def enter(self, line: Line) -> None:
         """What a region sees of the outside is outside already."""
