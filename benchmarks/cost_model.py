@@ -151,7 +151,17 @@ def table(results: dict[str, Any]) -> str:
         ))  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
-    return "\n".join([*lines, "", *summary(results)])
+    return "\n".join([*lines, "", *summaries(results)])
+
+
+def summaries(results: dict[str, Any]) -> list[str]:
+    """Of the programs that the model was written with, and of those that it had not seen."""
+    from benchmarks.cost_programs import UNSEEN
+
+    unseen = {program.key for program in UNSEEN}
+    seen = {key: r for key, r in results.items() if key not in unseen}
+    new = {key: r for key, r in results.items() if key in unseen}
+    return [*summary(seen), *(["not seen before:", *summary(new)] if new else [])]
 
 
 def summary(results: dict[str, Any]) -> list[str]:

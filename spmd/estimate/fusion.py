@@ -53,8 +53,8 @@ class Held(NamedTuple):
       writes: line -> values that it writes to memory.
       reads: line -> values in memory that it reads, directly or through what is fused into it.
       same: value that an identity makes -> the value in memory that it is.
-      sums: value that the pass of a sum over it writes -> such sums. Who reads it before that computes
-        it again.
+      sums: value that the pass of a sum over it writes -> such sums. Who reads it before that
+        computes it again.
       turned: line -> what it reads with its dims in another order, through what is fused into it.
     """
 

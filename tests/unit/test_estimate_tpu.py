@@ -149,7 +149,8 @@ def test_what_a_sum_and_a_product_read_of_exponentials_is_written_by_the_pass_of
     found = lines(stage.plan)
     memory = liveness.profile(stage.plan, found, (), held(stage.plan, found, V3), V3)
     (narrow,) = [b for b in memory.buffers if b.bytes == MIB / 2 and not b.result]
-    assert found[narrow.start].op.primitive is lax.reduce_sum_p
+    written = found[narrow.start].op
+    assert written is not None and written.primitive is lax.reduce_sum_p
     # x, y, the scores, the changes, and the shares in bfloat16
     assert memory.peak / MIB == pytest.approx(4.5, abs=0.01)
 
