@@ -14,6 +14,7 @@ from spmd.estimate.fusion import ANY, Compiler, Held, Name, fusible, held, name
 from spmd.estimate.latency import beside, delayed
 from spmd.estimate.schedule import scheduled
 from spmd.estimate.tiles import Sizes
+from spmd.estimate.vmem import on_chip
 from spmd.estimate.work import Line, lines
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan
 
@@ -71,6 +72,11 @@ def profile(
       kept: `held(plan, lines, compiler)`.
     """
     buffers = _Allocation(plan, lines, kept, donated, compiler).run()
+    if compiler.chip is not None and compiler.chip.vmem_bytes:
+        temporary = [b for b in buffers if b.argument < 0 and not b.result]
+        inside = on_chip(temporary, len(lines), compiler.chip.vmem_bytes)
+        small = {id(temporary[i]) for i in inside}
+        buffers = [b for b in buffers if id(b) not in small]
     changes = [0] * (len(lines) + 2)
     for buffer in buffers:
         changes[buffer.start] += buffer.bytes
