@@ -38,12 +38,12 @@ def run(key: str, before: dict[str, Any] | None) -> dict[str, Any]:
 
     prepare()
     import spmd
-    from benchmarks.cost_programs import PROGRAMS, UNSEEN
+    from benchmarks.cost_programs import LATER, PROGRAMS, UNSEEN
     from spmd.ahead.compile import aot_partitioned
     from spmd.ahead.libtpu import described_mesh
     from spmd.hardware import Machine
 
-    program = next(p for p in (*PROGRAMS, *UNSEEN) if p.key == key)
+    program = next(p for p in (*PROGRAMS, *LATER, *UNSEEN) if p.key == key)
     machine = Machine.parse(program.topology)
     mesh, layout = described_mesh(machine, program.mesh)
     fun, args, options = program.make()
@@ -155,13 +155,15 @@ def table(results: dict[str, Any]) -> str:
 
 
 def summaries(results: dict[str, Any]) -> list[str]:
-    """Of the programs that the model was written with, and of those that it had not seen."""
-    from benchmarks.cost_programs import UNSEEN
+    """Of the programs that the model was written with, and of others."""
+    from benchmarks.cost_programs import LATER, PROGRAMS, UNSEEN
 
-    unseen = {program.key for program in UNSEEN}
-    seen = {key: r for key, r in results.items() if key not in unseen}
-    new = {key: r for key, r in results.items() if key in unseen}
-    return [*summary(seen), *(["not seen before:", *summary(new)] if new else [])]
+    lines: list[str] = []
+    groups = {"": PROGRAMS, "measured later:": LATER, "measured last:": UNSEEN}
+    for title, programs in groups.items():
+        found = {p.key: results[p.key] for p in programs if p.key in results}
+        lines += [*([title] if title else []), *summary(found)] if found else []
+    return lines
 
 
 def summary(results: dict[str, Any]) -> list[str]:
@@ -216,9 +218,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run_missing(options: argparse.Namespace, results: dict[str, Any]) -> list[str]:
-    from benchmarks.cost_programs import PROGRAMS, UNSEEN
+    from benchmarks.cost_programs import LATER, PROGRAMS, UNSEEN
 
-    wanted = [p.key for p in (*PROGRAMS, *UNSEEN) if re.search(options.only, p.key)]
+    wanted = [p.key for p in (*PROGRAMS, *LATER, *UNSEEN) if re.search(options.only, p.key)]
     failed = []
     for number, key in enumerate(wanted, 1):
         if options.predict if key not in results else not (options.again or options.predict):

@@ -113,13 +113,10 @@ class _Fusion:
 
     def fused(self, line: Line, key: Key, sources: tuple[Key, ...]) -> bool:
         """Whether a result is not written; its readers read the sources then."""
-        inside = name(key) not in self.leaving
-        if _identity(line):
-            if whole := _itself(line.reads[0], self.roots, self.same):
-                self.same[name(key)] = whole
-            elif not inside:
-                return False
-        elif not (inside and self.absorbed(line, key, sources)):
+        whole = _itself(line.reads[0], self.roots, self.same) if _identity(line) else None
+        if whole is not None:
+            self.same[name(key)] = whole
+        elif name(key) in self.leaving or not self.absorbed(line, key, sources):
             return False
         self.roots[name(key)] = sources
         return True
@@ -203,6 +200,7 @@ def _written_by_sums(lines: Sequence[Line]) -> dict[Name, frozenset[Name]]:
     needs: dict[Name, frozenset[Name]] = {}  # the sums in it
     sums: dict[Name, set[Name]] = {}  # what is dear -> sums over it
     read: list[Key] = []
+    whole: set[Name] = set()  # what some reader does not take in
     for line in lines:
         inside = frozenset().union(*(dear.get(name(key), ()) for key in line.reads))
         summed = frozenset().union(*(needs.get(name(key), ()) for key in line.reads))
@@ -216,11 +214,13 @@ def _written_by_sums(lines: Sequence[Line]) -> dict[Name, frozenset[Name]]:
             needs.update(dict.fromkeys(results, summed | set(results)))
             for found in inside:
                 sums.setdefault(found, set()).update(results)
-        elif line.contracts:
+        elif line.contracts and not line.wires:
             read += [key for key in line.reads if dear.get(name(key))]
+        else:
+            whole.update(map(name, line.reads))
     found = {
         name(key): frozenset().union(*(sums.get(d, ()) for d in dear[name(key)])) - needs[name(key)]
-        for key in read
+        for key in read if name(key) not in whole
     }
     return {value: passes for value, passes in found.items() if passes}
 

@@ -1,5 +1,6 @@
 """What the TPU compiler adds to memory or leaves out, each in a program small enough to count."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,19 +10,21 @@ from jax import lax
 from jax.sharding import AbstractMesh
 
 import spmd
-from sharding import P
+from sharding import P, shard
 from spmd.chips import CHIPS
 from spmd.estimate import liveness
 from spmd.estimate.fusion import Compiler, held
 from spmd.estimate.latency import delayed
 from spmd.estimate.tiles import activation_bytes, tiled_bytes
+from spmd.estimate.vmem import on_chip
 from spmd.estimate.work import lines
 from spmd.stages import Partitioned
 
 F32, BF16 = jnp.float32, jnp.bfloat16
 NHWC = ("NHWC", "HWIO", "NHWC")
 MIB = 2**20
-V3, V5P = Compiler.of(CHIPS["v3"]), Compiler.of(CHIPS["v5p"])
+V3, V5E = (Compiler.of(CHIPS[name]) for name in ("v3", "v5e"))
+V5P = Compiler.of(dataclasses.replace(CHIPS["v5p"], vmem_bytes=0.0))  # all temporaries count
 
 
 def shape(*dims: int, dtype: Any = F32) -> jax.ShapeDtypeStruct:
@@ -160,6 +163,28 @@ def test_what_a_sum_and_a_product_read_of_exponentials_is_written_by_the_pass_of
     assert peak(partition(softmax, x, x)) == pytest.approx(3.5, abs=0.01)
 
 
+def test_an_annotated_value_is_held_for_readers_that_do_not_take_it_in() -> None:
+    x = shape(512, 512)
+    for made in (lambda x: x * 2, lambda x: shard(x * 2, P())):
+        stage = partition(lambda x, y, made=made: lax.sort(made(x)) @ y, x, x)
+        found = lines(stage.plan)
+        writes = held(stage.plan, found, V3).writes
+        assert sum(map(len, writes)) == 3  # the operand of the sort, and two results
+
+
+def test_exponentials_that_one_reader_needs_whole_are_held_from_their_line_on() -> None:
+    def f(x, y):
+        share = jnp.exp(x)
+        narrow = share.astype(BF16)
+        first = lax.sort(narrow)
+        return first, (share * y).sum(-1), narrow @ narrow
+
+    x = shape(512, 512)
+    stage = partition(f, x, x)
+    found = lines(stage.plan)
+    assert not held(stage.plan, found, V3).sums
+
+
 def test_masks_of_activations_are_bits_where_a_spatial_dim_is_a_word() -> None:
     def loss(x, k):
         z = conv(x, k)
@@ -184,6 +209,29 @@ def test_what_is_made_of_a_product_is_there_beside_its_operands() -> None:
     stage = partition(f, x, x)
     assert peak(stage) == 2 + 1 + 2
     assert peak(stage, Compiler(into_dots=False)) == 2 + 2 + 1  # x + 1 is held instead
+
+
+# --- the core's own memory ----------------------------------------------------------------------
+
+
+def test_temporaries_that_fit_the_cores_own_memory_take_none_of_the_devices() -> None:
+    small = partition(lambda x: (x @ x) @ x, shape(512, 512))
+    assert (peak(small, V3), peak(small, V5E)) == (3, 2)
+    large = partition(lambda x: (x @ x) @ x, shape(8192, 8192))
+    assert peak(large, V3) == peak(large, V5E) == 3 * 256
+
+
+def test_what_lives_shortest_is_kept_on_the_chip_while_there_is_room() -> None:
+    key = next(iter(partition(lambda x: x, shape(2)).plan.body.outputs))
+
+    def kept(capacity: int, *lives: tuple[int, int, int]) -> set[int]:
+        buffers = [liveness.Buffer(key, *life) for life in lives]
+        return set(on_chip(buffers, 10, capacity))
+
+    assert kept(10, (6, 0, 9), (6, 3, 4)) == {1}
+    assert kept(10, (6, 0, 3), (6, 3, 6)) == {0, 1}  # one after the other
+    assert kept(12, (6, 0, 9), (6, 3, 4)) == {0, 1}
+    assert kept(5, (6, 0, 1)) == set()
 
 
 # --- beside collectives -------------------------------------------------------------------------
