@@ -18,6 +18,7 @@ from spmd.estimate.latency import delayed
 from spmd.estimate.tiles import activation_bytes, tiled_bytes
 from spmd.estimate.vmem import on_chip
 from spmd.estimate.work import lines
+from spmd.partition.plan import Compute
 from spmd.stages import Partitioned
 
 F32, BF16 = jnp.float32, jnp.bfloat16
@@ -211,6 +212,19 @@ def test_what_is_made_of_a_product_is_there_beside_its_operands() -> None:
     assert peak(stage, Compiler(into_dots=False)) == 2 + 2 + 1  # x + 1 is held instead
 
 
+def test_what_is_made_of_a_product_takes_no_place_but_the_products() -> None:
+    def f(x, y, z):
+        ends = lax.sort(z)
+        made = x @ y
+        return made, made + ends  # while the product runs, the sorted operand is read
+
+    stage = partition(f, *(shape(512, 512),) * 3)
+    found = lines(stage.plan)
+    for compiler, size in ((V3, 3 + 1 + 2), (Compiler(into_dots=False), 3 + 2)):
+        kept = held(stage.plan, found, compiler)
+        assert liveness.profile(stage.plan, found, (), kept, compiler).peak == size * MIB
+
+
 # --- the core's own memory ----------------------------------------------------------------------
 
 
@@ -280,3 +294,17 @@ def test_what_reads_a_transfer_waits_while_there_is_other_work() -> None:
 
     assert order(V5P)[-1] == "mul"
     assert order(V3)[-1] != "mul"
+
+
+def test_constants_do_not_wait_for_the_transfer_that_their_reader_waits_for() -> None:
+    def f(x, a):
+        reduced = x.T @ x
+        return lax.dynamic_update_slice(jnp.zeros((4096, 2048)), reduced, (5, 0)), a @ a @ a
+
+    stage = partition(f, shape(64, 2048), shape(1024, 1024), mesh={"x": 4}, specs=(P("x"), P()))
+    found = lines(stage.plan)
+    after = delayed(found, held(stage.plan, found, V5P), V5P)
+    names = [line.op.primitive for line in after if line.op and isinstance(line.instruction, Compute)]
+    place = names.index(lax.dynamic_update_slice_p)
+    assert names[place - 1] is lax.broadcast_in_dim_p
+    assert names[-1] is lax.dynamic_update_slice_p
