@@ -304,7 +304,8 @@ def test_constants_do_not_wait_for_the_transfer_that_their_reader_waits_for() ->
     stage = partition(f, shape(64, 2048), shape(1024, 1024), mesh={"x": 4}, specs=(P("x"), P()))
     found = lines(stage.plan)
     after = delayed(found, held(stage.plan, found, V5P), V5P)
-    names = [line.op.primitive for line in after if line.op and isinstance(line.instruction, Compute)]
+    instructions = (line.instruction for line in after)
+    names = [found.op.primitive for found in instructions if isinstance(found, Compute)]
     place = names.index(lax.dynamic_update_slice_p)
     assert names[place - 1] is lax.broadcast_in_dim_p
     assert names[-1] is lax.dynamic_update_slice_p
