@@ -38,12 +38,12 @@ def run(key: str, before: dict[str, Any] | None) -> dict[str, Any]:
 
     prepare()
     import spmd
-    from benchmarks.cost_programs import PROGRAMS
+    from benchmarks.cost_programs import LATER, PROGRAMS, UNSEEN
     from spmd.ahead.compile import aot_partitioned
     from spmd.ahead.libtpu import described_mesh
     from spmd.hardware import Machine
 
-    program = next(p for p in PROGRAMS if p.key == key)
+    program = next(p for p in (*PROGRAMS, *LATER, *UNSEEN) if p.key == key)
     machine = Machine.parse(program.topology)
     mesh, layout = described_mesh(machine, program.mesh)
     fun, args, options = program.make()
@@ -151,7 +151,19 @@ def table(results: dict[str, Any]) -> str:
         ))  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
-    return "\n".join([*lines, "", *summary(results)])
+    return "\n".join([*lines, "", *summaries(results)])
+
+
+def summaries(results: dict[str, Any]) -> list[str]:
+    """Of the programs that the model was written with, and of others."""
+    from benchmarks.cost_programs import LATER, PROGRAMS, UNSEEN
+
+    lines: list[str] = []
+    groups = {"": PROGRAMS, "measured later:": LATER, "measured last:": UNSEEN}
+    for title, programs in groups.items():
+        found = {p.key: results[p.key] for p in programs if p.key in results}
+        lines += [*([title] if title else []), *summary(found)] if found else []
+    return lines
 
 
 def summary(results: dict[str, Any]) -> list[str]:
@@ -206,9 +218,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run_missing(options: argparse.Namespace, results: dict[str, Any]) -> list[str]:
-    from benchmarks.cost_programs import PROGRAMS
+    from benchmarks.cost_programs import LATER, PROGRAMS, UNSEEN
 
-    wanted = [p.key for p in PROGRAMS if re.search(options.only, p.key)]
+    wanted = [p.key for p in (*PROGRAMS, *LATER, *UNSEEN) if re.search(options.only, p.key)]
     failed = []
     for number, key in enumerate(wanted, 1):
         if options.predict if key not in results else not (options.again or options.predict):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from sharding.rule import Kind
 from sharding.spec import Layout
 from spmd.chips import Chip
+from spmd.estimate.tiles import Sizes
 from spmd.estimate.work import Line
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
 
@@ -25,17 +26,21 @@ class Compiler(NamedTuple):
       hoists: what a loop runs over and converts to a narrower dtype is converted before it, whole.
       beside: kinds of collectives that run beside computation: their results are not put in the
         place of their operands.
+      tiled: the two minor dims of arrays lie in tiles, see `tiles`.
+      chip: by whose numbers it puts other work beside collectives; None: it does not.
     """
 
     into_dots: bool = True
     hoists: bool = True
     beside: frozenset[str] = frozenset()
+    tiled: bool = False
+    chip: Chip | None = None
 
     @staticmethod
     def of(chip: Chip) -> "Compiler":
         """XLA's for a chip."""
         tpu = chip.family == "tpu"
-        return Compiler(tpu, tpu, chip.overlaps if tpu else frozenset())
+        return Compiler(tpu, tpu, chip.overlaps if tpu else frozenset(), tpu, chip if tpu else None)
 
 
 ANY = Compiler()
@@ -48,11 +53,16 @@ class Held(NamedTuple):
       writes: line -> values that it writes to memory.
       reads: line -> values in memory that it reads, directly or through what is fused into it.
       same: value that an identity makes -> the value in memory that it is.
+      sums: value that the pass of a sum over it writes -> such sums. Who reads it before that
+        computes it again.
+      turned: line -> what it reads with its dims in another order, through what is fused into it.
     """
 
     writes: tuple[tuple[Key, ...], ...]
     reads: tuple[tuple[Key, ...], ...]
     same: Mapping[Name, Key]
+    sums: Mapping[Name, frozenset[Name]] = {}
+    turned: tuple[frozenset[Name], ...] = ()
 
     def memory_of(self, key: Key) -> Name:
         """What has to be held for a value to be there."""
@@ -65,38 +75,70 @@ def name(key: Key) -> Name:
 
 def held(plan: ProgramPlan, lines: tuple[Line, ...], compiler: Compiler = ANY) -> Held:
     """Decides for every value whether it is held."""
-    readers = _readers(lines)
-    leaving = set(_leaving(plan.body))
-    roots: dict[Name, tuple[Key, ...]] = {}
-    same: dict[Name, Key] = {}
-    writes: list[tuple[Key, ...]] = []
-    reads: list[tuple[Key, ...]] = []
-    for line in lines:
+    return _Fusion(plan, lines, compiler).run()
+
+
+class _Fusion:
+    """Walks the lines once forward."""
+
+    def __init__(self, plan: ProgramPlan, lines: tuple[Line, ...], compiler: Compiler):
+        self.lines, self.compiler = lines, compiler
+        self.sizes = Sizes(lines, compiler.tiled)
+        self.readers = _readers(lines)
+        self.leaving = set(_leaving(plan.body))
+        self.sums = _written_by_sums(lines)
+        self.roots: dict[Name, tuple[Key, ...]] = {}
+        self.same: dict[Name, Key] = {}
+        self.turned: dict[Name, frozenset[Name]] = {}
+
+    def run(self) -> Held:
+        writes: list[tuple[Key, ...]] = []
+        reads: list[tuple[Key, ...]] = []
+        turned: list[frozenset[Name]] = []
+        for line in self.lines:
+            sources = self.sources(line)
+            turned.append(self.turn(line, sources))
+            writes.append(tuple(key for key in line.writes if not self.fused(line, key, sources)))
+            reads.append(sources)
+        return Held(tuple(writes), tuple(reads), self.same, self.sums, tuple(turned))
+
+    def sources(self, line: Line) -> tuple[Key, ...]:
+        """What is in memory of what a line reads."""
         found: dict[Name, Key] = {}
         for key in line.reads:
-            for root in roots.get(name(key), (key,)):
+            for root in self.roots.get(name(key), (key,)):
                 if root.value.const is None or root.value.rank:
                     found[name(root)] = root
-        sources = tuple(found.values())
-        kept = []
-        for key in line.writes:
-            inside = name(key) not in leaving
-            if _identity(line) and (whole := _itself(line.reads[0], roots, same)):
-                roots[name(key)], same[name(key)] = sources, whole
-            elif _identity(line) and inside:
-                roots[name(key)] = sources
-            elif (
-                inside
-                and len(sources) <= _MOST_ROOTS
-                and fusible(line)
-                and _absorbed(line, readers.get(name(key), ()), compiler.into_dots)
-            ):
-                roots[name(key)] = sources
-            else:
-                kept.append(key)
-        writes.append(tuple(kept))
-        reads.append(sources)
-    return Held(tuple(writes), tuple(reads), same)
+        return tuple(found.values())
+
+    def fused(self, line: Line, key: Key, sources: tuple[Key, ...]) -> bool:
+        """Whether a result is not written; its readers read the sources then."""
+        whole = _itself(line.reads[0], self.roots, self.same) if _identity(line) else None
+        if whole is not None:
+            self.same[name(key)] = whole
+        elif name(key) in self.leaving or not self.absorbed(line, key, sources):
+            return False
+        self.roots[name(key)] = sources
+        return True
+
+    def absorbed(self, line: Line, key: Key, sources: tuple[Key, ...]) -> bool:
+        if len(sources) > _MOST_ROOTS or not fusible(line) or name(key) in self.sums:
+            return False
+        readers = self.readers.get(name(key), ())
+        if self.sizes.packed(key, line.mesh) or _dear(line, key, sources, self.readers):
+            return False
+        return all(
+            reader.parent == line.parent and _takes_in(reader, self.compiler.into_dots)
+            for reader in readers
+        )
+
+    def turn(self, line: Line, sources: tuple[Key, ...]) -> frozenset[Name]:
+        """The sources whose dims come in another order in what a line reads."""
+        before = frozenset().union(*(self.turned.get(name(key), ()) for key in line.reads))
+        after = before ^ frozenset(map(name, sources)) if _transposes(line) else before
+        if fusible(line):
+            self.turned.update((name(key), after) for key in line.writes)
+        return before
 
 
 def _itself(key: Key, roots: Mapping[Name, object], same: Mapping[Name, Key]) -> Key | None:
@@ -117,6 +159,16 @@ def fusible(line: Line) -> bool:
         return False
     rule = found.op.rule
     return rule.early or rule.expands or not found.operands
+
+
+def _transposes(line: Line) -> bool:
+    """Whether the dims of its only operand come in another order."""
+    found = line.instruction
+    if not isinstance(found, Compute) or found.regions or len(found.op.rule.operands) != 1:
+        return False
+    (before,), after = found.op.rule.operands, found.op.rule.results[0]
+    kept = [names for names in before if names in after and names]
+    return kept != [names for names in after if names in kept]
 
 
 def _identity(line: Line) -> bool:
@@ -141,25 +193,68 @@ def _leaving(region: RegionPlan) -> Iterator[Name]:
             yield from _leaving(inner)
 
 
-def _absorbed(line: Line, readers: Sequence[Line], into_dots: bool) -> bool:
-    """Whether every reader takes the value in: elementwise operations, reductions, contractions;
-    of what is dear to compute, no sum and others besides: the sum's pass writes it."""
-    found = line.instruction
-    dear = isinstance(found, Compute) and found.op.rule.once and len(readers) > 1
-    if dear and any(_reduces(reader) for reader in readers):
-        return False
-    return all(
-        _takes_in(reader, into_dots) and reader.parent == line.parent for reader in readers
-    )
+def _written_by_sums(lines: Sequence[Line]) -> dict[Name, frozenset[Name]]:
+    """Values that contractions would read in fused form, and that are dear to compute, where sums
+    go over the same: XLA lets a sum's pass write them. Not where they need that sum."""
+    dear: dict[Name, frozenset[Name]] = {}  # what is dear in a value, since it was last in memory
+    needs: dict[Name, frozenset[Name]] = {}  # the sums in it
+    sums: dict[Name, set[Name]] = {}  # what is dear -> sums over it
+    read: list[Key] = []
+    whole: set[Name] = set()  # what some reader does not take in
+    for line in lines:
+        inside = frozenset().union(*(dear.get(name(key), ()) for key in line.reads))
+        summed = frozenset().union(*(needs.get(name(key), ()) for key in line.reads))
+        results = [name(key) for key in line.writes]
+        if fusible(line) or _identity(line):
+            once = isinstance(line.instruction, Compute) and line.instruction.op.rule.once
+            for result in results:
+                dear[result] = inside | ({result} if once else frozenset())
+                needs[result] = summed
+        elif _reduces(line) and not line.contracts:
+            needs.update(dict.fromkeys(results, summed | set(results)))
+            for found in inside:
+                sums.setdefault(found, set()).update(results)
+        elif line.contracts and not line.wires:
+            read += [key for key in line.reads if dear.get(name(key))]
+        else:
+            whole.update(map(name, line.reads))
+    found = {
+        name(key): frozenset().union(*(sums.get(d, ()) for d in dear[name(key)])) - needs[name(key)]
+        for key in read if name(key) not in whole
+    }
+    return {value: passes for value, passes in found.items() if passes}
+
+
+def _dear(
+    line: Line, key: Key, sources: Sequence[Key], readers: Mapping[Name, Sequence[Line]]
+) -> bool:
+    """Whether its readers move more bytes when each of them reads what the value is made of, than
+    when it is written once and they read that."""
+    count = len({_end(reader, readers).index for reader in readers.get(name(key), ())})
+    size = key.local_bytes(line.mesh)
+    made_of = sum(source.local_bytes(line.mesh) for source in sources)
+    return size + made_of + count * size < count * made_of
+
+
+def _end(line: Line, readers: Mapping[Name, Sequence[Line]]) -> Line:
+    """Of lines that read each other and nothing else does, the last: they are one fusion."""
+    while fusible(line) and len(line.writes) == 1:
+        following = readers.get(name(line.writes[0]), ())
+        if len(following) != 1 or following[0].parent != line.parent:
+            break
+        line = following[0]
+    return line
 
 
 def _takes_in(reader: Line, into_dots: bool) -> bool:
     if fusible(reader):
         return True
     found = reader.instruction
-    if isinstance(found, Move) or found.regions or reader.wires or found.op.rule.local is not None:
+    if isinstance(found, Move) or found.regions or reader.wires:
         return False
-    return _reduces(reader) and (into_dots or not reader.contracts)
+    if reader.contracts:  # what such a line does of its own without communicating is its operation
+        return into_dots and _reduces(reader)
+    return found.op.rule.local is None and _reduces(reader)
 
 
 def _reduces(line: Line) -> bool:

@@ -11,7 +11,10 @@ from typing import NamedTuple
 from sharding.program import Value
 from sharding.spec import Layout
 from spmd.estimate.fusion import ANY, Compiler, Held, Name, fusible, held, name
+from spmd.estimate.latency import beside, delayed
 from spmd.estimate.schedule import scheduled
+from spmd.estimate.tiles import Sizes
+from spmd.estimate.vmem import on_chip
 from spmd.estimate.work import Line, lines
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan
 
@@ -69,6 +72,11 @@ def profile(
       kept: `held(plan, lines, compiler)`.
     """
     buffers = _Allocation(plan, lines, kept, donated, compiler).run()
+    if compiler.chip is not None and compiler.chip.vmem_bytes:
+        temporary = [b for b in buffers if b.argument < 0 and not b.result]
+        inside = on_chip(temporary, len(lines), compiler.chip.vmem_bytes)
+        small = {id(temporary[i]) for i in inside}
+        buffers = [b for b in buffers if id(b) not in small]
     changes = [0] * (len(lines) + 2)
     for buffer in buffers:
         changes[buffer.start] += buffer.bytes
@@ -93,6 +101,9 @@ class _Allocation:
         compiler: Compiler,
     ):  # fmt: skip
         self.plan, self.lines, self.kept, self.donated = plan, lines, kept, donated
+        self.compiler = compiler
+        self.makers = {name(key): line for line in lines for key in kept.writes[line.index]}
+        self.sizes = Sizes(lines, compiler.tiled)
         self.in_place = _IN_PLACE - compiler.beside
         self.hoisted = _hoisted(lines) if compiler.hoists else {}
         self.after = _after(lines)
@@ -101,12 +112,14 @@ class _Allocation:
         self.done: list[Buffer] = []
         # Buffers that stand in another one's place: they cost nothing of their own.
         self.aliases: set[Name] = set()
+        self.laid_out: set[Name] = set()  # arguments that are copied for convolutions
 
     def run(self) -> list[Buffer]:
         self.arguments()
         for line in self.lines:
             writes = self.kept.writes[line.index]
             if writes:
+                self.turn(line)
                 self.write(line, writes)
             self.enter(line)
         for found in map(self.kept.memory_of, self.plan.body.outputs):
@@ -120,18 +133,28 @@ class _Allocation:
             key = Key(value, layout)
             free = i < len(self.donated) and self.donated[i]
             end = self.ends.get(name(key), 0) if free else count
-            size = key.local_bytes(region.mesh)
+            size = self.sizes.argument(key, region.mesh)
             self.buffers[name(key)] = Buffer(key, size, 0, end, i)
         for value in region.region.consts:
             key = Key(value, Layout(((),) * value.rank))
-            self.buffers.setdefault(name(key), Buffer(key, key.local_bytes(region.mesh), 0, count))
+            size = self.sizes.argument(key, region.mesh)
+            self.buffers.setdefault(name(key), Buffer(key, size, 0, count))
 
     def _ends(self) -> Mapping[Name, int]:
         """Where a value is needed last: after its last reader, or where its region ends."""
         ends: dict[Name, int] = {}
+        first = {
+            name(key): line.index for line in reversed(self.lines)
+            if self.kept.writes[line.index] for key in self.kept.reads[line.index]
+        }  # fmt: skip
         for line, reads in zip(self.lines, self.kept.reads, strict=True):
             for key in reads:
                 ends[name(key)] = max(ends.get(name(key), 0), self.after[line.index])
+        for line in self.lines:
+            if beside(line, self.compiler):  # the operand is read until somebody has the result
+                done = min((first.get(name(key), 0) for key in line.writes), default=0)
+                for key in self.kept.reads[line.index]:
+                    ends[name(key)] = max(ends[name(key)], done)
         for line in self.lines:
             found = line.instruction
             for region in found.regions if isinstance(found, Compute) else ():
@@ -142,13 +165,17 @@ class _Allocation:
         return ends
 
     def write(self, line: Line, writes: Sequence[Key]) -> None:
+        maker, late = self.computed_with(line), self.written_late(line)
         free = self.ending(line)
+        if maker is not None:  # it takes the place of the contraction's result alone
+            free = [b for b in free if name(b.key) in map(name, maker.writes)]
+        start = late or (line.index if maker is None else maker.index)
         for key in writes:
-            size = key.local_bytes(line.mesh)
+            size = self.sizes.of(key, line.mesh)
             end = max(self.ends.get(name(key), 0), line.index + 1)
             place = next((b for b in free if b.bytes == size or name(b.key) in self.aliases), None)
             if place is None:
-                self.buffers[name(key)] = Buffer(key, size, line.index, end)
+                self.buffers[name(key)] = Buffer(key, size, start, end)
                 continue
             free.remove(place)
             if name(place.key) in self.aliases:
@@ -157,6 +184,25 @@ class _Allocation:
             old = self.buffers.pop(name(place.key))
             self.done.append(old._replace(end=line.index))
             self.buffers[name(key)] = Buffer(key, size, line.index, end, old.argument)
+
+    def computed_with(self, line: Line) -> Line | None:
+        """The contraction of which a line is computed, element by element, as its result leaves
+        the matrix units: the line's own result is there as early, beside the operands."""
+        if not self.compiler.into_dots or not fusible(line):
+            return None
+        reads = map(name, self.kept.reads[line.index])
+        makers = [self.makers[found] for found in reads if found in self.makers]
+        last = max(makers, key=lambda maker: maker.index, default=None)
+        if last is None or last.parent != line.parent or not last.contracts:
+            return None
+        between = self.lines[last.index + 1 : line.index]
+        return None if any(other.contracts or _regions(other) for other in between) else last
+
+    def written_late(self, line: Line) -> int:
+        """The line whose pass writes what a sum goes over, see `Held.sums`; 0: its own."""
+        found = [self.makers[s].index for k in line.writes for s in self.kept.sums.get(name(k), ())]
+        last = max((self.ends.get(name(k), 0) for k in line.writes), default=0) - 1
+        return max(line.index, min(*found, last)) if found else 0
 
     def ending(self, line: Line) -> list[Buffer]:
         """Buffers that a result of the line may take over: operands that end there, of operations
@@ -175,9 +221,36 @@ class _Allocation:
             and self.buffers[name(key)].end <= self.after[line.index]
         ]
 
+    def lay_out(self, line: Line) -> None:
+        """Slices for a halo are cut in the layout of the convolution that needs it: an argument is
+        copied to that first."""
+        if not line.contracts or not line.wires:
+            return
+        for key in line.reads:
+            found = self.buffers.get(name(key))
+            if found and found.argument >= 0 and not found.start and name(key) not in self.laid_out:
+                self.laid_out.add(name(key))
+                size = self.sizes.of(key, line.mesh) if self.sizes.moved(key, line.mesh) else 0
+                self.done.append(Buffer(key, size, line.index, self.ends[name(key)]))
+
+    def turn(self, line: Line) -> None:
+        """Collectives beside computation leave their results with dims in the order of the program,
+        as arguments come. An argument that meets one whose dims are turned is copied to that order,
+        while the collective runs."""
+        turned = self.kept.turned[line.index]
+        movers = [m for m in map(self.makers.get, turned) if m and beside(m, self.compiler)]
+        if not movers or not fusible(line):
+            return
+        start, size = min(m.index for m in movers), self.sizes.of(line.writes[0], line.mesh)
+        for key in self.kept.reads[line.index]:
+            found = self.buffers.get(name(key))
+            if found and found.argument >= 0 and found.bytes == size and name(key) not in turned:
+                self.done.append(Buffer(key, size, start, line.index + 1))
+
     def enter(self, line: Line) -> None:
         """What a region sees of the outside is outside already."""
         found = line.instruction
+        self.lay_out(line)
         for key, size in self.hoisted.get(line.index, ()):
             self.done.append(Buffer(key, size, line.index, self.after[line.index]))
         for region in found.regions if isinstance(found, Compute) else ():
@@ -187,6 +260,10 @@ class _Allocation:
                     key, 0, line.index, self.ends.get(name(key), line.index + 1)
                 )
                 self.aliases.add(name(key))
+
+
+def _regions(line: Line) -> bool:
+    return isinstance(line.instruction, Compute) and bool(line.instruction.regions)
 
 
 def _hoisted(lines: tuple[Line, ...]) -> Mapping[int, list[tuple[Key, int]]]:
@@ -257,7 +334,7 @@ def ordered(
     plan: ProgramPlan, donated: Sequence[bool] = (), compiler: Compiler = ANY
 ) -> Ordered:
     """A plan in the order of the program, or in the one that `schedule` finds, where that holds
-    less: compilers choose so too.
+    less: compilers choose so too. What reads transfers then waits for them, see `latency`.
 
     Args:
       donated: as for `profile`.
@@ -268,7 +345,12 @@ def ordered(
     found = scheduled(plan, found, kept)
     kept = held(plan, found, compiler)
     other = Ordered(found, kept, profile(plan, found, donated, kept, compiler))
-    return min(program, other, key=lambda order: order.memory.peak)
+    best = min(program, other, key=lambda order: order.memory.peak)
+    found = delayed(best.lines, best.kept, compiler)
+    if found is best.lines:
+        return best
+    kept = held(plan, found, compiler)
+    return Ordered(found, kept, profile(plan, found, donated, kept, compiler))
 
 
 def peak_bytes(

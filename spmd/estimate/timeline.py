@@ -135,14 +135,14 @@ class _Clock:
                 done = region.transfer(line, needed, self.wired(line))
             elif line.wires:
                 region.wait(needed)
-                wire, seconds = self.wired(line), self.compute(line)
+                wire, seconds = self.wired(line), compute_seconds(line, self.kept, self.chip)
                 spans[line.index] = Span(seconds, wire, wire)
                 region.now += wire + seconds
                 done = _Done(region.now)
             else:
                 if self.kept.writes[line.index]:  # what is fused happens in its reader
                     region.wait(needed)
-                seconds = self.compute(line)
+                seconds = compute_seconds(line, self.kept, self.chip)
                 spans[line.index] = Span(seconds)
                 region.now += seconds
                 done = max(needed, _Done(region.now))
@@ -170,13 +170,13 @@ class _Clock:
             for w in line.wires if w.count
         )  # fmt: skip
 
-    def compute(self, line: Line) -> float:
-        """Seconds of the arithmetic or of the memory traffic, whichever is longer."""
-        size = traffic(line, self.kept)
-        seconds = size / self.chip.hbm_bandwidth
-        if line.flops.total and line.contracts:
-            seconds = max(seconds, line.flops.total / rate(line, self.chip))
-        return seconds
+
+def compute_seconds(line: Line, kept: Held, chip: Chip) -> float:
+    """Seconds of the arithmetic of a line or of its memory traffic, whichever is longer."""
+    seconds = traffic(line, kept) / chip.hbm_bandwidth
+    if line.flops.total and line.contracts:
+        seconds = max(seconds, line.flops.total / rate(line, chip))
+    return seconds
 
 
 def traffic(line: Line, kept: Held) -> float:

@@ -197,16 +197,6 @@ def test_contractions_take_elementwise_operands_in_on_tpus_alone() -> None:
     assert liveness.peak_bytes(stage.plan, compiler=Compiler(into_dots=False)) == 4 * MIB
 
 
-def test_exponentials_that_are_summed_and_used_are_held() -> None:
-    x = shape(512, 512)
-    stage = partition(lambda x: jnp.exp(x @ x) @ x, x, mesh={"x": 1})
-    assert peak(stage) == 3  # x, the scores, and the result: the last product exponentiates
-    stage = partition(lambda x: jax.nn.softmax(x @ x) @ x, x, mesh={"x": 1})
-    assert peak(stage) == pytest.approx(3, abs=0.01)  # the exponentials take the scores' place
-    two = partition(lambda x: (y := x @ x, jax.nn.softmax(y) @ x), x, mesh={"x": 1})
-    assert peak(two) == pytest.approx(4, abs=0.01)
-
-
 def test_weights_of_a_loop_are_converted_before_it() -> None:
     def f(x, ws):
         layer = jax.checkpoint(lambda x, w: (x @ w.astype(jnp.bfloat16), None))

@@ -107,7 +107,8 @@ def test_communication_is_that_of_the_per_device_program(parallelism: str) -> No
     assert got == {key: (n, pytest.approx(size)) for key, (n, size) in want.items()}
     assert want
     assert found.memory.peak == max(found.memory.over) == found.memory.over[found.memory.at]
-    assert found.memory.peak == partitioned.report().memory.peak == partitioned.peak_memory
+    # A described TPU pads arrays to tiles, and keeps some in the core's own memory.
+    assert partitioned.report().memory.peak == partitioned.peak_memory
     assert sum(found.memory.by_kind.values()) == found.memory.peak
     assert {"parameter", "activation"} <= set(found.memory.by_kind)
 
