@@ -25,7 +25,9 @@ def test_the_defaults_have_no_problem():
 def test_flags_are_frozen():
     """New options are made on purpose: in the component that owns them, and in this list."""
     assert " ".join(owners(RunConfig())) == (
-        "devices mesh parallelism aot num_layers embed_dim mlp_dim num_heads num_kv_heads head_dim"
+        "cluster coordinator num_processes process_id coordinator_bind start_timeout peer_timeout"
+        " exit_timeout devices mesh parallelism aot num_layers embed_dim mlp_dim num_heads"
+        " num_kv_heads head_dim"
         " tied_embeddings dropout rope_base dtype scan_layers remat data pattern validation"
         " sequence learning_rate warmup weight_decay clip_norm beta1 beta2 batch steps seed"
         " eval_every eval_batches log_every checkpoint_dir checkpoint_every keep resume"
