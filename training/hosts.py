@@ -70,6 +70,8 @@ def join(run: RunConfig, problems: list[Problem]) -> list[Problem]:
     if cluster is None:
         return wrong
     start(cluster, limits)
+    # First of all: what is wrong with one number of processes is not with another.
+    processes.agree("start", {"the number of processes": str(count)}, AGREE_S)
     if devices % count and not accelerators():
         why = f"{count} processes simulate the same number each, and {devices} = "
         why += f"{devices // count} x {count} + {devices % count}"
@@ -77,8 +79,7 @@ def join(run: RunConfig, problems: list[Problem]) -> list[Problem]:
         problems = [*problems, Problem(f"--devices {devices}", why, fix)]
     if problems:
         raise ConfigError(*problems)
-    count_too = {"the number of processes": str(count)}
-    processes.agree("start", {**count_too, **_options(run), **_versions()}, AGREE_S)
+    processes.agree("start", {**_options(run), **_versions()}, AGREE_S)
     return []
 
 

@@ -103,7 +103,8 @@ def gather(name: str, value: str, timeout_s: float) -> list[str]:
     _meet(found, f"{folder}-read", name, "", timeout_s)
     found.delete(f"{folder}/{found.process}")
     found.delete(f"{folder}-read/{found.process}")
-    return [given[str(process)] for process in range(found.processes)]
+    # As many as there are: that processes count alike is what may be asked here.
+    return [given[process] for process in sorted(given, key=int)]
 
 
 def broadcast(name: str, value: str | None, timeout_s: float) -> str:

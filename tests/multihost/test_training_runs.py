@@ -110,7 +110,7 @@ def test_an_exception_in_one_process_ends_all_and_is_printed_once(tmp_path: Path
             "error: the number of processes differs between processes (start)\n"
             "  why: 2 in process 0; 3 in process 1",
         ),
-        (("--batch", "0"), {}, "error: --batch 0\n  why: it must be 1 or more"),
+        (("--batch", "x"), {}, "process 1: error: --batch x\n  why: a whole number is needed"),
     ],
     ids=["options", "versions", "plan", "processes", "a-problem-of-one"],
 )  # fmt: skip

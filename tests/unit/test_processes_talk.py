@@ -146,6 +146,23 @@ def test_every_process_names_every_difference(together: Any) -> None:
     assert client.store == {}
 
 
+def test_processes_that_count_differently_can_tell(together: Any) -> None:
+    def counting(count: int) -> Callable[[], None]:
+        def run() -> None:
+            service = distributed.service()
+            assert service is not None
+            service.processes = count
+            agree("start", {"processes": str(count)}, 10)
+
+        return run
+
+    found, _ = together(counting(2), counting(3))
+    assert {str(e).splitlines()[1] for e in found} == {
+        "  why: 2 in process 0; 3 in process 1: they would run different programs, and wait for"
+        " each other"
+    }
+
+
 def test_process_0_has_the_value(together: Any) -> None:
     def twice(*values: str | None) -> Callable[[], list[str]]:
         return lambda: [broadcast("folder", value, 10) for value in values]

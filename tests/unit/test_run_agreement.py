@@ -15,9 +15,11 @@ from training.errors import ConfigError
 def compared(monkeypatch):
     """The values that were to agree, by what for."""
     found = {}
-    monkeypatch.setattr(
-        processes, "agree", lambda name, values, timeout_s: found.update({name: dict(values)})
-    )
+
+    def agree(name, values, timeout_s):
+        found.setdefault(name, {}).update(values)
+
+    monkeypatch.setattr(processes, "agree", agree)
     return found
 
 
@@ -54,7 +56,7 @@ def test_devices_that_processes_cannot_share_are_refused(three, compared):
 def test_what_is_wrong_is_told_before_anything_is_compared(three, compared):
     with pytest.raises(ConfigError, match="--batch x"):
         hosts.join(three, [Problem("--batch x", "why", "fix")])
-    assert not compared
+    assert compared == {"start": {"the number of processes": "3"}}
 
 
 def test_each_process_simulates_its_share_and_axes_between_nodes_are_simulated(monkeypatch):
