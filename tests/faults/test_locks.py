@@ -49,7 +49,7 @@ def claim(folder, told, go):
 
 def test_of_runs_that_start_together_one_takes_over_the_lock_of_a_dead_one(server, tmp_path):
     for number in range(5):
-        folder = tmp_path / str(number)
+        folder = tmp_path / f"run-{number}"
         folder.mkdir()
         dead = {"pid": 2**22, "host": socket.gethostname(), "started": 0.0}
         lock.Lock(folder).path.write_text(json.dumps(dead))
