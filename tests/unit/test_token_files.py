@@ -9,7 +9,8 @@ import pytest
 from training import token_files
 from training.config import DataConfig
 from training.data import batch_at, load_corpus, unigram_entropy, validation_batches, vocabulary
-from training.errors import ConfigError, DataError
+from training.errors import CheckpointError, ConfigError, DataError
+from training.folders import make_folder
 
 
 def ids(count, seed=0, vocab=1000):
@@ -196,3 +197,17 @@ def test_the_vocabulary_is_what_the_data_needs(tmp_path):
     assert vocabulary(configured(folder, vocab_size=1024)) == 1024
     with pytest.raises(ConfigError, match="has 1000 ids"):
         vocabulary(configured(folder, vocab_size=999))
+
+
+def test_the_folder_of_a_run_is_for_its_owner_only(tmp_path):
+    folder = tmp_path / "runs" / "a"
+    make_folder(folder)
+    make_folder(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError) as error:
+        make_folder(tmp_path / "file" / "a")
+    assert str(error.value) == (
+        f"--checkpoint-dir {tmp_path}/file/a\n  why: the folder cannot be made: File exists\n"
+        "  fix: name a folder that can be written"
+    )
