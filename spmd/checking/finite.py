@@ -164,7 +164,10 @@ class Watched:
         if found is not None:
             return found
         bad = next((v for v in self.program.body.outputs if any(run.of(v))), None)
-        return None if bad is None else _source(run, bad)
+        if bad is None:
+            return None
+        # Else it is a constant, and the first that reads it is to blame.
+        return _source(run, bad) or _first(run, lambda made, read: any(made))
 
 
 Test = Callable[[Counts, Sequence[Counts]], bool]

@@ -262,6 +262,15 @@ def test_infinities_that_are_meant_are_not_blamed():
     assert "reads  f32[8,8] result of sub" in str(found) and "all finite" in str(found)
 
 
+def test_constants_that_are_no_numbers_are_blamed_only_where_nothing_else_is():
+    def f(x):
+        return jnp.nansum(jnp.where(x > 2, x, jnp.nan)) + jnp.sqrt(-x).sum()
+
+    assert origin(f, X).op.primitive.name == "sqrt"
+    found = origin(lambda x: jnp.where(x > 2, x, jnp.nan) * 2, X)
+    assert found.counts.nan and "e2e/test_nonfinite.py" in str(found).splitlines()[0]
+
+
 def test_an_argument_is_named_and_finite_programs_have_no_origin():
     bad = X.copy()
     bad[3, 3] = np.nan
