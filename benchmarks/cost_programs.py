@@ -288,7 +288,8 @@ PROGRAMS = [
 ]
 
 # Measured when the model was written. They showed that temporaries of newer chips lie in the core's
-# own memory, and that values under annotations were not counted, and nothing else comes from them.
+# own memory, and that values which a reader needs whole were not all counted; nothing else in the
+# model comes from them.
 LATER = [
     *_family("convolutions v5e", "v5e:2x4", {
         name: CONVOLUTIONS[name] for name in ("batch", "rows")

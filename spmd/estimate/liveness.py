@@ -44,7 +44,8 @@ class Profile:
     """Memory per device.
 
     Attributes:
-      buffers: every buffer that the program holds at some time.
+      buffers: every buffer that the program holds at some time, but for what lies in the core's own
+        memory.
       over: bytes held at every line.
       peak: the most that is held, in bytes.
       at: number of the line where that is.
@@ -74,9 +75,9 @@ def profile(
     buffers = _Allocation(plan, lines, kept, donated, compiler).run()
     if compiler.chip is not None and compiler.chip.vmem_bytes:
         temporary = [b for b in buffers if b.argument < 0 and not b.result]
-        inside = on_chip(temporary, len(lines), compiler.chip.vmem_bytes)
-        small = {id(temporary[i]) for i in inside}
-        buffers = [b for b in buffers if id(b) not in small]
+        kept_inside = on_chip(temporary, len(lines), compiler.chip.vmem_bytes)
+        rest = [b for i, b in enumerate(temporary) if i not in kept_inside]
+        buffers = [*(b for b in buffers if b.argument >= 0 or b.result), *rest]
     changes = [0] * (len(lines) + 2)
     for buffer in buffers:
         changes[buffer.start] += buffer.bytes
