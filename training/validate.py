@@ -218,7 +218,10 @@ def _folders(checkpoint: CheckpointConfig) -> list[Problem]:
     elif name:
         folder = os.path.join(checkpoint.output_root, name)
         given = f"--run-name {name} --output-root {quoted(checkpoint.output_root)}"
-    if "\0" in folder or os.path.exists(folder) and not os.path.isdir(folder):
+    if "://" in folder:
+        why = "checkpoints are committed by a rename, which object stores do not have"
+        problems.append(Problem(given, why, "name a folder of a file system that is mounted"))
+    elif "\0" in folder or os.path.exists(folder) and not os.path.isdir(folder):
         problems.append(Problem(given, "it is not a folder", "name a folder, or a new one"))
     elif any(len(os.fsencode(part)) > _LONGEST_NAME for part in folder.split(os.sep)):
         why = f"file systems keep names of at most {_LONGEST_NAME} bytes"

@@ -230,6 +230,9 @@ CASES = [
      "  fix: use a shorter name"),
     (45, "--checkpoint-dir a\0b", {}, 2,
      "--checkpoint-dir 'a\\x00b'\n  why: it is not a folder\n  fix: name a folder, or a new one"),
+    (45, "--checkpoint-dir gs://bucket/a", {}, 2,
+     "--checkpoint-dir gs://bucket/a\n  why: checkpoints are committed by a rename, which object"
+     " stores do not have\n  fix: name a folder of a file system that is mounted"),
     (45, "--run-name a --checkpoint-dir b", {}, 2,
      "--run-name a --checkpoint-dir b\n  why: both say where the run has its folder\n"
      "  fix: keep one of them"),
