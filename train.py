@@ -36,7 +36,7 @@ from training.checkpoint.store import Found
 from training.cli import parse
 from training.config import RunConfig
 from training.data import Corpus, load_corpus, unigram_entropy, vocabulary
-from training.errors import ConfigError, DataError, Interrupted
+from training.errors import ConfigError, DataError, DivergedError, Interrupted
 from training.folders import make_folder, with_folder
 from training.goodput import Goodput
 from training.loop import Loop
@@ -73,6 +73,8 @@ def main(argv: list[str]) -> int:
         train(console, planned, corpus, checkpoints, resumed)
     except SpmdError as error:
         code = getattr(error, "exit_code", 1)
+        if isinstance(error, DivergedError) and checkpoints is not None:
+            checkpoints.close()  # all are here, and a save that began before is good
         fail(code, f"error: {error}")
     except Interrupted as error:
         code, again = error.exit_code, resume_command(argv, checkpoints)
@@ -110,7 +112,7 @@ def configure(argv: list[str]) -> tuple[RunConfig, dict[str, int]]:
         except MeshError as error:
             problems += error.problems
     else:
-        run, devices, unfit = elastic.refit(run, devices)
+        run, devices, unfit = elastic.refit(run, devices, nodes, processes.count())
         problems += unfit
     problems += [] if unfit else validate(run, devices, nodes, processes.count())
     if problems:
@@ -232,7 +234,7 @@ def train(
     loss, entropy = loop.validation_loss, unigram_entropy(corpus.validation)
     console.print(
         f"unigram entropy of the validation {corpus.unit} {entropy:.4f} nats;"
-        f" validation loss / entropy = {loss / entropy:.1%}",
+        + (f" validation loss / entropy = {loss / entropy:.1%}" if entropy > 0 else ""),
         highlight=False,
     )
     if planned.run.sample.sample_bytes and corpus.tokenizer is not None:

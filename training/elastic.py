@@ -19,19 +19,25 @@ from spmd.reporting import units
 from training.checkpoint.store import newest_about
 from training.config import RunConfig
 from training.folders import name_problem, with_folder
+from training.mesh_text import mesh_text, read_across
 from training.program import Plan
 from training.validate import validate
 
 __all__ = ["about", "print_change", "refit"]
 
 
-def refit(run: RunConfig, devices: int) -> tuple[RunConfig, int, list[Problem]]:
+def refit(
+    run: RunConfig, devices: int, nodes: int | None = None, processes: int = 1
+) -> tuple[RunConfig, int, list[Problem]]:
     """The configuration that continues a run on `devices` devices, if those are not as many as
     its newest checkpoint was written on.
 
     With `--elastic` that is a mesh with the same axes: as many devices as possible are used, axes
     that do not divide the batch keep their sizes if they can, and all dims divide. Without it, and
     without a `--mesh` of the user's for the new number, nothing is chosen silently.
+
+    Args:
+      devices, nodes, processes: as of `training.validate.validate`.
 
     Returns:
       The configuration, the number of devices that it uses, and what is wrong.
@@ -44,7 +50,9 @@ def refit(run: RunConfig, devices: int) -> tuple[RunConfig, int, list[Problem]]:
     left = before.get("devices", devices)
     if config.resume == "never" or left == devices or "mesh" not in before:
         return run, devices, []
-    if run.mesh.mesh and not any(p.what.startswith("--mesh ") for p in validate(run, devices)):
+    if run.mesh.mesh and not any(
+        p.what.startswith("--mesh ") for p in validate(run, devices, nodes, processes)
+    ):
         return run, devices, []
     shown = f"{folder} is from {left} devices, and there are {devices}"
     if not config.elastic:
@@ -55,7 +63,7 @@ def refit(run: RunConfig, devices: int) -> tuple[RunConfig, int, list[Problem]]:
     # A process without a device in the mesh could not take part.
     fewest = devices if jax.process_count() > 1 else 1
     for used in range(devices, fewest - 1, -1):
-        if fitted := _fitted(run, before["mesh"], used):
+        if fitted := _fitted(run, before["mesh"], used, nodes, processes):
             return fitted, used, []
     why = f"no mesh with the axes {', '.join(before['mesh'])} divides all dims of the model and"
     why += f" --batch {run.train.batch}"
@@ -109,27 +117,38 @@ def print_change(console: Console, before: Mapping[str, Any], now: Mapping[str, 
         console.print(f"  {units.plural(idle, 'device')} left idle: no mesh uses all")
 
 
-def _fitted(run: RunConfig, before: Mapping[str, int], devices: int) -> RunConfig | None:
+def _fitted(
+    run: RunConfig, before: Mapping[str, int], devices: int, nodes: int | None, processes: int
+) -> RunConfig | None:
     """`run` on the mesh nearest to `before` that validation has nothing against."""
+    across = read_across(run.mesh.mesh, dict.fromkeys(before, 2))
+
     def on(sizes: Mapping[str, int]) -> RunConfig:
-        return dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, mesh=_text(sizes)))
+        text = mesh_text(sizes, across)
+        return dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, mesh=text))
 
     # What is wrong on a single device is not the mesh's fault, and told later.
     always = set(validate(on(dict.fromkeys(before, 1)), 1))
-    fitted = (on(sizes) for sizes in _meshes(before, devices))
-    return next((each for each in fitted if set(validate(each, devices)) <= always), None)
+    fitted = (on(sizes) for sizes in _meshes(before, devices, across))
+    return next(
+        (e for e in fitted if set(validate(e, devices, nodes, processes)) <= always), None
+    )
 
 
-def _meshes(before: Mapping[str, int], devices: int) -> Iterator[dict[str, int]]:
+def _meshes(
+    before: Mapping[str, int], devices: int, across: Mapping[str, int]
+) -> Iterator[dict[str, int]]:
     """All sizes of the axes of `before` that multiply to `devices`, the likeliest first."""
     axes = list(before)
+    # Nodes come and go last: what lay inside of one would lie across two.
+    weights = {axis: 0.01 if axis in ("data", "fsdp") else 1 for axis in axes}
+    weights |= dict.fromkeys(across, 2)
     found = [dict(zip(axes, sizes, strict=True)) for sizes in _factors(devices, len(axes))]
 
     def distance(mesh: dict[str, int]) -> float:
         # The batch absorbs what comes and goes; other axes decide what a device holds at all.
         return sum(
-            abs(log2(mesh[axis] / before[axis])) * (0.01 if axis in ("data", "fsdp") else 1)
-            for axis in axes
+            abs(log2(mesh[axis] / before[axis])) * weights[axis] for axis in axes
         )
 
     yield from sorted(found, key=distance)

@@ -75,7 +75,7 @@ class StepLog:
     def validated(self, step: int, loss: float) -> None:
         """The validation loss after a step, in nats per token."""
         self._console.print(f"step {step:>6}  validation loss {loss:.4f} nats/{self._unit}")
-        self.write(step, {"validation_loss": loss, **self.state()})
+        self.write(step, {"validation_loss": loss, "skipped_total": self.total, **self.state()})
 
     def state(self) -> dict[str, Any]:
         """Where the time went up to the last step, and memory."""

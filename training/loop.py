@@ -190,7 +190,10 @@ class Loop:
 
     def _save_last(self, done: int, state: TrainState) -> None:
         self._save(done, state)
-        if problem := self._pause(state, "save", self.checkpoints.finish):
+        problem = self._pause(state, "save", self.checkpoints.finish)
+        while told := self.checkpoints.poll():
+            self._warn(told)
+        if problem:
             raise CheckpointError(problem)
 
     def _warn(self, problem: Problem | None) -> None:

@@ -39,7 +39,8 @@ def check_memory(console: Console, planned: Plan) -> None:
       ConfigError: it is over it, and `--ignore-memory-limit` is not given.
     """
     run, peak = planned.run, planned.partitioned.peak_memory
-    limit = limit_of(run, planned.mesh.devices.flat[0])
+    # Devices of other processes do not tell their memory.
+    limit = limit_of(run, planned.mesh.local_devices[0])
     if limit is None or peak <= limit[0]:
         return
     memory = planned.partitioned.report().memory

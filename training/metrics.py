@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from sharding.errors import Problem
-from training.errors import ConfigError
+from training.errors import CheckpointError, ConfigError
 
 __all__ = ["FILE", "NO_TENSORBOARD", "Metrics", "has_tensorboard", "memory", "read_metrics"]
 
@@ -52,6 +52,7 @@ class Metrics:
 
     Raises:
       ConfigError: TensorBoard is asked for, and tensorboardX is not installed.
+      CheckpointError: the file cannot be read or written.
     """
 
     def __init__(
@@ -66,8 +67,12 @@ class Metrics:
             return
         if tensorboard:
             self._events = _writer()(str(folder / _EVENTS), purge_step=start + 1)
-        kept = _keep(self.path, start)
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            kept = _keep(self.path, start)
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            what, fix = f"{self.path} cannot be written", "make room, or the file writable"
+            raise CheckpointError(Problem(what, str(error.strerror), fix)) from error
         self._begin = self._end = os.lseek(self._file, 0, os.SEEK_END)
         if kept:
             self.last = kept[-1]

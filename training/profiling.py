@@ -28,8 +28,12 @@ class Profile:
     def __enter__(self) -> Profile:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.stop()
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            self.stop()
+        except Exception:  # whatever writing raised; what ended the run counts more
+            if kind is None:
+                raise
 
     def start(self) -> None:
         """Starts the trace."""

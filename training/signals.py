@@ -26,7 +26,7 @@ __all__ = ["StopRequest"]
 
 # By signal: Ctrl-C is final; a termination request asks to be started again.
 _EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
-_AGREE_S = 30.0
+_AGREE_S = 600.0  # another process may still compile
 
 
 class StopRequest:

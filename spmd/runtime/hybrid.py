@@ -43,7 +43,13 @@ def make_mesh(sizes: Mapping[str, int], across: Mapping[str, int]) -> Mesh:
     if prod(outer) != len(by_node):
         raise MeshError(_wrong_nodes(sizes, dict(zip(sizes, outer, strict=True)), len(by_node)))
     inner = [size // n for size, n in zip(sizes.values(), outer, strict=True)]
-    parts = [_inside(inner, by_node[node]) for node in sorted(by_node)]
+    each = prod(inner)
+    fewest = min(map(len, by_node.values()))
+    if fewest < each:
+        text = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        why = f"it takes {each} devices of each slice or node, and one has {fewest}"
+        raise MeshError(Problem(f"mesh {text}", why, "use a smaller mesh"))
+    parts = [_inside(inner, by_node[node][:each]) for node in sorted(by_node)]
     rank = len(inner)
     blocks = np.array(parts, dtype=object).reshape(*outer, *inner)
     order = [d for i in range(rank) for d in (i, rank + i)]

@@ -7,10 +7,12 @@ import pytest
 from rich.console import Console
 
 import train
+from spmd.runtime.hybrid import make_mesh
+from training import hosts
 from training.cli import parse
 from training.errors import ConfigError
 from training.memory import check_memory, limit_of
-from training.program import Plan, make_mesh, plan
+from training.program import Plan, plan
 
 SMALL = (
     "--num-layers 8 --embed-dim 32 --mlp-dim 64 --head-dim 8 --sequence 32 --batch 8"
@@ -29,7 +31,7 @@ class Device:
 def planned():
     run, problems = parse([*SMALL.split(), "--memory-limit", "0.0001"])
     assert not problems
-    return plan(run, make_mesh({"data": 2, "fsdp": 4}))
+    return plan(run, make_mesh({"data": 2, "fsdp": 4}, {}))
 
 
 def test_train_refuses_with_the_largest_buffers_and_a_remedy(
@@ -38,7 +40,7 @@ def test_train_refuses_with_the_largest_buffers_and_a_remedy(
     """Row 46 of the bad-input matrix."""
     (tmp_path / "a.py").write_text("def f(x):\n    return x\n" * 100)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "simulate", lambda devices: True)
+    monkeypatch.setattr(hosts, "simulate", lambda devices, nodes: True)
     monkeypatch.setattr(train, "plan", lambda run, mesh: planned)
     for name in ("compile_step", "compile_evaluate", "init"):
         monkeypatch.delattr(Plan, name)  # whoever compiles fails

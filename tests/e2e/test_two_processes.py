@@ -1,4 +1,5 @@
-"""Two processes with four devices each: a training step, and a run that refuses to start.
+"""Two processes with four devices each: a training step, a run of train.py, and one that refuses to
+start.
 
 More is in `tests/multihost`.
 """
@@ -9,7 +10,7 @@ import numpy as np
 
 from tests.multihost.launch import run
 from tests.multihost.program import CASES
-from tests.multihost.training import PATIENCE_S, Run
+from tests.multihost.training import PATIENCE_S, Run, steps_saved
 
 
 def test_losses_are_those_of_one_process_and_processes_talk() -> None:
@@ -25,6 +26,13 @@ def test_losses_are_those_of_one_process_and_processes_talk() -> None:
         assert (count, knows_itself, told) == (2, True, ["a", "b"])
         assert "0 in process 0; 1 in process 1" in differ
         assert ("process 1 did not come" in late) == (number == 0)
+
+
+def test_a_run_trains_saves_validates_and_samples(tmp_path: Path) -> None:
+    with Run(tmp_path / "run", 2, ("--steps", "1")) as started:
+        started.finished()
+        assert "step      1  validation loss" in started.out(0)
+        assert (started.out(1), steps_saved(started.folder)) == ("", [1])
 
 
 def test_processes_with_other_options_train_nothing_and_one_says_why(tmp_path: Path) -> None:

@@ -50,6 +50,11 @@ def test_a_mesh_that_was_named_and_no_longer_fits_is_replaced(left):
     assert (run.mesh.mesh, problems) == ("fsdp=2,tensor=2", [])
 
 
+def test_axes_between_nodes_stay_there_and_keep_their_size(left):
+    run, used, problems = refit(left, 4, "--elastic --mesh fsdp=4@dcn,tensor=2")
+    assert (run.mesh.mesh, used, problems) == ("fsdp=4@dcn,tensor=1", 4, [])
+
+
 def test_axes_that_do_not_carry_the_batch_keep_their_size_if_they_can(left):
     run, _, _ = refit(left, 4, "--elastic --batch 1")
     assert run.mesh.mesh == "fsdp=1,tensor=2"  # and two of the four are idle

@@ -7,15 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.multihost.training import PATIENCE_S, Run, losses
+from tests.multihost.training import PATIENCE_S, Run, losses, steps_saved
 
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F"}
 SLOW = {0: "slow_steps", 1: "slow_steps"}
 LONG = ("--steps", "1000", "--checkpoint-every", "0")
-
-
-def steps_saved(folder: Path) -> list[int]:
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
 def test_losses_are_the_same_however_the_devices_are_shared(tmp_path: Path) -> None:

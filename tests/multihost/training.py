@@ -122,6 +122,10 @@ class Run:
         return found
 
 
+def steps_saved(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
 def losses(folder: Path) -> list[tuple[int, float]]:
     """(step, loss) of all steps that were logged whole."""
     path = folder / "metrics.jsonl"
@@ -132,16 +136,16 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 
 def crash() -> None:
     """Raises in the third step."""
-    from training.loop import Loop
+    import training.loop as loop
 
-    batch = Loop._batch
+    batch_at = loop.batch_at
 
-    def failing(self: Loop, index: int) -> object:
-        if index == 2:
+    def failing(text: object, seed: int, step: int, *sizes: int) -> object:
+        if step == 2:
             raise RuntimeError("this host has bad memory")
-        return batch(self, index)
+        return batch_at(text, seed, step, *sizes)
 
-    Loop._batch = failing
+    loop.batch_at = failing
 
 
 def other_jax() -> None:
@@ -160,15 +164,15 @@ def other_plan() -> None:
 
 def slow_steps() -> None:
     """Takes long for each step."""
-    from training.loop import Loop
+    import training.loop as loop
 
-    batch = Loop._batch
+    batch_at = loop.batch_at
 
-    def slow(self: Loop, index: int) -> object:
+    def slow(*arguments: object) -> object:
         time.sleep(0.2)
-        return batch(self, index)
+        return batch_at(*arguments)
 
-    Loop._batch = slow
+    loop.batch_at = slow
 
 
 def slow_validation() -> None:

@@ -14,9 +14,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from sharding.errors import Problem
-from spmd.runtime import processes
+from spmd.runtime import end, processes
 from training.checkpoint import arrays
-from training.checkpoint.primary import WAIT_S, on_primary
+from training.checkpoint.primary import WAIT_S, WRITE_S, on_primary
 from training.checkpoint.save_options import save_small_arrays_whole
 from training.checkpoint.store import Found, Store, steps_in
 from training.errors import CheckpointError
@@ -51,6 +51,7 @@ class Checkpoints:
         self._failure: Problem | None = None  # of the last save
         self._untold: list[Problem] = []
         self._done: Future[None] | None = None
+        self._stuck = False  # the disk did not answer
         self._opened: ocp.AsyncCheckpointer | None = None
         # Orbax logs each write that failed with its trace; `poll` tells it in three lines.
         for name in ("absl", "asyncio"):
@@ -165,7 +166,8 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the background save of this process and releases the folder."""
         try:
-            self._wait()
+            if not self._stuck:
+                self._wait()
         finally:
             if self._opened is not None and self._done is None:
                 self._opened.close()
@@ -183,6 +185,8 @@ class Checkpoints:
                 self._store.commit(step, record, about)
             done.set_result(None)
         except BaseException as error:
+            if not processes.is_primary():  # which sees no more than that this one does not come
+                end.write(f"warning: {self._store.not_saved(step, arrays.reason(error))}")
             done.set_exception(error)
 
     def _wait(self, for_step: int | None = None) -> None:
@@ -193,6 +197,7 @@ class Checkpoints:
         try:
             self._done.exception(WAIT_S)
         except TimeoutError:
+            self._stuck = True
             why = f"it has not ended after {WAIT_S:.0f} s: the disk does not answer"
             raise CheckpointError(self._store.not_saved(self.pending or 0, why)) from None
         waited, before = time.monotonic() - started, self.pending
@@ -244,7 +249,7 @@ class Checkpoints:
             self._opened = ocp.AsyncCheckpointer(
                 ocp.StandardCheckpointHandler(),
                 async_options=ocp.AsyncOptions(
-                    timeout_secs=int(WAIT_S),
+                    timeout_secs=int(WRITE_S),
                     # Where folders cannot be made, writers would wait for them until the limit,
                     # and the process with them when it ends.
                     create_directories_asynchronously=False,

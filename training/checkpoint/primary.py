@@ -10,9 +10,10 @@ from sharding.errors import Problem
 from spmd.runtime import processes
 from training.errors import CheckpointError
 
-__all__ = ["WAIT_S", "on_primary"]
+__all__ = ["WAIT_S", "WRITE_S", "on_primary"]
 
 WAIT_S = 1800.0  # seconds; for disks, so long
+WRITE_S = 1200.0  # for what all write of one step; when one cannot, the others wait so long
 
 
 def on_primary(name: str, work: Callable[[], Any]) -> Any:

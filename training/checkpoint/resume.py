@@ -9,6 +9,7 @@ from typing import Any
 
 from sharding.errors import Problem, did_you_mean
 from training.checkpoint.checkpoints import Checkpoints
+from training.checkpoint.primary import on_primary
 from training.checkpoint.store import Found, steps_in
 from training.errors import CheckpointError
 
@@ -41,7 +42,7 @@ def find_step(
     if latest is not None and resume == "never":
         why = f"the folder holds step {latest} of another run, and the two would be mixed up"
         raise CheckpointError(Problem(shown, why, "name a new folder, or use --resume auto"))
-    if resume == "never" or not checkpoints.folder.is_dir():
+    if resume == "never" or not on_primary("the folder", checkpoints.folder.is_dir):
         return None
     checkpoints.open()
     found = checkpoints.find(expected)
@@ -50,12 +51,19 @@ def find_step(
     return found
 
 
+def _steps(folder: Path) -> list[int]:
+    try:
+        return steps_in(folder)
+    except OSError:  # somebody else's
+        return []
+
+
 def _elsewhere(folder: Path) -> str:
     """` (did you mean 'a'?)`, or where checkpoints are below and beside a folder."""
     beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
     below = folder.iterdir() if folder.is_dir() else ()
     places = sorted(itertools.islice(itertools.chain(below, beside), _LOOKED_AT))
-    held = {path: steps[-1] for path in places if (steps := steps_in(path))}
+    held = {path: steps[-1] for path in places if (steps := _steps(path))}
     if meant := did_you_mean(folder.name, [path.name for path in held]):
         return meant
     shown = ", ".join(f"{path} (step {step})" for path, step in list(held.items())[:3])

@@ -52,7 +52,11 @@ def steps_in(folder: Path) -> list[int]:
 
 def newest_about(folder: Path) -> dict[str, Any]:
     """How the newest step whose manifest is intact was laid out; empty if there is none."""
-    for step in reversed(steps_in(folder)):
+    try:
+        steps = steps_in(folder)
+    except OSError:
+        return {}  # told when the folder is opened
+    for step in reversed(steps):
         try:
             return manifest.read(folder / str(step)).about
         except (BadStep, CheckpointError):
