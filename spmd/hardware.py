@@ -210,7 +210,9 @@ class _Stand:
 def _lay(machine: Machine, mesh: MeshShape) -> MachineLayout:
     if mesh.size != machine.devices:
         raise MeshError(_wrong_size(machine, mesh))
-    if mesh.across and prod(n for _, n in mesh.across) != machine.slices:
+    # Several axes may cross the same network, in a mesh whose devices are in no regular order.
+    alone, counts = len(mesh.across) == 1, [n for _, n in mesh.across]
+    if counts and prod(counts) != machine.slices and (alone or max(counts) > machine.slices):
         raise MeshError(_wrong_slices(machine, mesh))
     sizes = [n for _, n in mesh.axes]
     outer = _outer(machine, mesh)
@@ -256,8 +258,10 @@ def _wrong_slices(machine: Machine, mesh: MeshShape) -> Problem:
 def _outer(machine: Machine, mesh: MeshShape) -> list[int]:
     """Per axis, its part over slices or nodes: as the mesh says; where it does not, the first axes
     take as much as they can."""
-    if mesh.across:
-        return [mesh.nodes_along(name) for name in mesh.names]
+    along = [mesh.nodes_along(name) for name in mesh.names]
+    even = all(size % part == 0 for (_, size), part in zip(mesh.axes, along, strict=True))
+    if mesh.across and even and prod(along) == machine.slices:
+        return along
     left, outer = machine.slices, []
     for _, size in mesh.axes:
         outer.append(gcd(left, size))

@@ -230,6 +230,8 @@ def _dear(
 ) -> bool:
     """Whether its readers move more bytes when each of them reads what the value is made of, than
     when it is written once and they read that."""
+    if len(readers.get(name(key), ())) < 2:
+        return False
     count = len({_end(reader, readers).index for reader in readers.get(name(key), ())})
     size = key.local_bytes(line.mesh)
     made_of = sum(source.local_bytes(line.mesh) for source in sources)

@@ -4,6 +4,7 @@ Compilers hide such collectives: what reads their results waits, as long as ther
 do meanwhile. Until then operand and result are both held.
 """
 
+import math
 from collections.abc import Mapping
 
 from spmd.chips import Chip
@@ -57,6 +58,7 @@ class _Waiting:
         self.order: list[Line] = []
         self.waiting: list[Line] = []
         self.late: set[Name] = set()  # what waiting lines will write
+        self.due = math.inf  # no waiting line can run before
         self.constant: dict[Name, Line] = {}  # written right before they are read
 
     def run(self) -> list[Line]:
@@ -76,14 +78,19 @@ class _Waiting:
         return self.order
 
     def waits(self, line: Line, now: float) -> bool:
-        return any(
-            name(key) in self.late or self.ready.get(name(key), 0.0) > now for key in line.reads
-        )
+        operands = [name(key) for key in line.reads]
+        free = [math.inf if x in self.late else self.ready.get(x, 0.0) for x in operands]
+        at = max(free, default=0.0)
+        if at > now:
+            self.due = min(self.due, at)
+        return at > now
 
     def resume(self, now: float) -> None:
         """Places the waiting lines whose operands are there, in their order."""
+        if now < self.due:
+            return
         still: list[Line] = []
-        self.late = set()
+        self.late, self.due = set(), math.inf
         for line in self.waiting:
             if self.waits(line, now):
                 still.append(line)

@@ -32,8 +32,8 @@ from spmd.partition.reshard import Plan
 
 # Values that are decided together: what is made of further ones is made everywhere.
 WINDOW = 256
-# Owners whose elements are looked at, one after the other.
-GROUPS = 64
+# Owners whose elements are looked at, one after the other; and instructions, over all of them.
+GROUPS, WORK = 64, 1 << 16
 
 _SOURCE, _SINK = "source", "sink"
 
@@ -43,7 +43,7 @@ Name = tuple[int, Layout]  # of a key
 def late_broadcasts(found: ProgramPlan) -> ProgramPlan:
     """The plan with elements of sharded dims sent to all devices where that sends least."""
     graph, done = _Graph(found), set()
-    while len(done) < GROUPS:
+    while len(done) < min(GROUPS, max(1, WORK // max(1, len(graph.code)))):
         starts = [start for start in graph.starts() if start.owners not in done]
         if not starts:
             break
@@ -168,6 +168,7 @@ class _Late:
     def __init__(self, graph: _Graph, owners: Owners, starts: Sequence[_Start]):
         self.graph, self.owners, self.axes = graph, owners, frozenset(dict(owners))
         self.chain = {whole: partial for start in starts for whole, partial in start.chain.items()}
+        self.partial = set(self.chain.values())
         self.firsts = {next(iter(start.chain)) for start in starts}
         self.onward: dict[Name, list[Name] | None] = {}
         queue = deque(self.chain)
@@ -219,6 +220,10 @@ class _Late:
             return _entered(one, use.place)
         if one.op.rule.elementary:
             return None
+        keys = (*one.operands, *one.results)
+        others = [key for key in keys if (key.value.id, key.layout) not in self.partial]
+        if any(not self.axes.isdisjoint(a for a, _ in key.layout.partial) for key in others):
+            return None  # a sum, or what another device has: it meets the value everywhere
         layouts = [without(key.layout, self.axes) for key in one.operands]
         layouts[use.place] = shared_with(layouts[use.place], self.owners)
         mesh = self.graph.values[name[0]][1]

@@ -119,21 +119,33 @@ def _read(instruction: Move | Compute) -> Iterable[Value]:
 
 
 def _sums(instruction: Compute, region: int) -> set[int]:
-    """Inputs and outputs of a region that are partial alike from step to step, by add."""
+    """Inputs and outputs of a region that are partial alike from step to step, by add, or that one
+    device has inside as it has them outside."""
     control = instruction.op.control
     found: set[int] = set()
-    for r, out, into in control.carries(instruction.op) if control is not None else ():
+    if control is None:
+        return found
+    carries = list(control.carries(instruction.op))
+    for r, out, into in carries:
         body = instruction.regions[r]
         layout = body.inputs[into]
         alike = body.outputs[out].layout == layout and {m for _, m in layout.partial} == {"add"}
         if r == region and alike:
             found |= {body.region.inputs[into].id, body.outputs[out].value.id}
-    for port in instruction.op.in_ports if control is not None and not control.exclusive else ():
+    if control.exclusive or (carries and not control.counted):
+        return found  # devices may run different branches, or a loop unequally often
+    carried = {(r, into) for r, _, into in carries}
+    for port in instruction.op.in_ports:
+        if (port.region, port.inner) in carried or any(port.lead):
+            continue
         layout = instruction.regions[port.region].inputs[port.inner]
         held = instruction.operands[port.outer].layout.partial == layout.partial
         if port.region == region and held and len(owners_of(layout)) == len(layout.partial):
             found.add(instruction.regions[region].region.inputs[port.inner].id)
-    for port in instruction.op.out_ports if control is not None and not control.exclusive else ():
+    carried = {(r, out) for r, out, _ in carries}
+    for port in instruction.op.out_ports:
+        if (port.region, port.inner) in carried:
+            continue
         key = instruction.regions[port.region].outputs[port.inner]
         partial = instruction.results[port.outer].layout.partial
         if port.region == region and partial == key.layout.partial and not any(port.lead):
@@ -176,6 +188,13 @@ def _move(move: Move, known: bool, problems: list[Problem]) -> None:
     end = move.plan.steps[-1].after if move.plan.steps else move.src
     if end != move.dst:
         problems.append(_leak(move.value, move.dst, f"ends as {end}"))
+    before, after = owners_of(move.src), owners_of(move.dst)
+    lost, kept = set(dict(before)) - set(dict(after)), set(dict(before)) & set(dict(after))
+    first = move.plan.steps[0] if move.plan.steps else None
+    if lost and (first is None or first.kind != "owner" or set(first.axes) != lost):
+        problems.append(_leak(move.value, move.src, "is sent without its owner"))
+    if any(a in kept for step in move.plan.steps for a in step.axes):
+        problems.append(_leak(move.value, move.src, "is moved along the axis of its owner"))
 
 
 def _layout(value: Any, layout: Layout, mesh: MeshShape, problems: list[Problem]) -> None:

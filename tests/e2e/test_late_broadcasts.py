@@ -18,7 +18,7 @@ from sharding import P, shard
 from sharding.errors import VerificationError
 from sharding.spec import Layout
 from spmd.partition.owners import owners_of
-from spmd.partition.plan import Compute, rewritten
+from spmd.partition.plan import Compute, Move, rewritten
 from spmd.partition.verify import verify
 from tests.oracle import check, kinds, make_mesh
 
@@ -68,6 +68,9 @@ def test_a_pipeline_leaves_its_loss_with_the_last_stage() -> None:
 
 PROGRAMS: dict[str, Callable[..., Any]] = {
     "two owners": lambda x, w: jnp.sin(x[0] @ w) * jnp.sin(x[-1] @ w),
+    "two owners, one number": lambda x, w: (jnp.sin(x[0]) * jnp.sin(x[-1])).sum(),
+    "two owners, one scaled": lambda x, w: (jnp.sin(x[0]) * (x[3] * 2.0)).sum(),
+    "with a sum": lambda x, w: (jnp.sin(x[-1, :, :1]) * jnp.einsum("abc,c->b", x, w[:, 0])).sum(),
     "two of one owner": lambda x, w: (jnp.sin(x[6] @ w) * jnp.sin(x[7] @ w)).sum(),
     "with what is sharded": lambda x, w: (jnp.sin(x[2]) * x).sum((1, 2)),
     "back elsewhere": lambda x, w: jnp.pad(jnp.sin(x[7:]), ((1, 6), (0, 0), (0, 0))) + x,
@@ -141,6 +144,19 @@ def test_the_verifier_knows_who_has_it() -> None:
     with pytest.raises(VerificationError) as raised:
         verify(rewritten(plan, cut))
     assert "partial{a:at 2} is made as [-, -, -] partial{a:add}" in str(raised.value)
+
+
+def test_the_verifier_misses_no_step_that_leaves_the_owner_alone() -> None:
+    found = spmd.jit(last, mesh={"a": 4}, in_shardings=(P("a"), P()), out_shardings=P())
+    plan = found.trace(X, W).propagate().partition().plan
+
+    def cut(one: Any, body: Any) -> Any:
+        if isinstance(one, Move) and [step.kind for step in one.plan.steps][:1] == ["owner"]:
+            return replace(one, plan=one.plan._replace(steps=one.plan.steps[1:]))
+        return one
+
+    with pytest.raises(VerificationError, match="is sent without its owner"):
+        verify(rewritten(plan, cut))
 
 
 OTHER = (("a", "at 2"),)
