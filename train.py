@@ -36,7 +36,7 @@ from training.checkpoint.store import Found
 from training.cli import parse
 from training.config import RunConfig
 from training.data import Corpus, load_corpus, unigram_entropy, vocabulary
-from training.errors import ConfigError, DataError, DivergedError, Interrupted
+from training.errors import ConfigError, DataError, DivergedError, Interrupted, StalledError
 from training.folders import make_folder, with_folder
 from training.goodput import Goodput
 from training.loop import Loop
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
         code = getattr(error, "exit_code", 1)
         if isinstance(error, DivergedError) and checkpoints is not None:
             checkpoints.close()  # all are here, and a save that began before is good
-        fail(code, f"error: {error}")
+        fail(code, f"error: {error}", at_once=isinstance(error, StalledError))
     except Interrupted as error:
         code, again = error.exit_code, resume_command(argv, checkpoints)
         if processes.is_primary():

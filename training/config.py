@@ -70,6 +70,7 @@ class ProcessConfig:
     start_timeout: float = option(120.0, "seconds to wait for all processes to start")
     peer_timeout: float = option(20.0, "seconds without a sign of life until a process is lost")
     exit_timeout: float = option(20.0, "seconds to wait for all processes to end")
+    step_timeout: float = option(1800.0, "seconds for one step until a run that hangs is ended")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ __all__ = [
     "DataError",
     "DivergedError",
     "Interrupted",
+    "StalledError",
     "TrainingError",
     "quoted",
 ]
@@ -45,6 +46,12 @@ class DivergedError(TrainingError):
     """The loss is no longer a finite number."""
 
     exit_code = 5
+
+
+class StalledError(TrainingError):
+    """A step does not end. What it waits for may never answer: the process must leave at once."""
+
+    exit_code = 6
 
 
 def quoted(text: object) -> str:

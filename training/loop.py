@@ -19,7 +19,7 @@ from sharding.errors import Problem
 from spmd.runtime.processes import is_primary
 from training.checkpoint import Checkpoints
 from training.data import Corpus, batch_at, validation_batches
-from training.errors import CheckpointError, Interrupted
+from training.errors import CheckpointError, Interrupted, StalledError
 from training.goodput import Goodput, Watch
 from training.log import StepLog
 from training.metrics import Metrics
@@ -77,6 +77,7 @@ class Loop:
           DivergedError: too many steps in a row were not finite. None of them changed a parameter,
             and the last checkpoint is from before them.
           CheckpointError: the state cannot be saved.
+          StalledError: a step does not end.
         """
         start, steps = int(state.step), self.plan.run.train.steps
         with self._recorded(state), self._progress(start):
@@ -132,12 +133,15 @@ class Loop:
 
     def _wait(self, step: int) -> float:
         """When the oldest step that was started was done."""
-        waited = 0.0
+        waited, limit = 0.0, self.plan.run.processes.step_timeout
         while True:
+            patience = min(_PATIENCE_S, limit - waited)
             try:
-                return self._watch.done(_PATIENCE_S)
+                return self._watch.done(patience)
             except queue.Empty:
-                waited += _PATIENCE_S
+                waited += patience
+                if waited >= limit:
+                    raise StalledError(_stalled(step, limit)) from None
                 text = f"warning: step {step} has been running for {waited:.0f} s"
                 self.console.print(text, style="yellow", highlight=False)
 
@@ -233,3 +237,11 @@ class Loop:
         self._show.add_task("train", total=self.plan.run.train.steps, completed=start, line="")
         with self._show:
             yield
+
+
+def _stalled(step: int, limit: float) -> Problem:
+    return Problem(
+        f"step {step} has been running for {limit:,.0f} s, --step-timeout",
+        "a process, a device or the network does not answer; nothing of this step is saved",
+        "start all processes again with --resume must, or allow steps more time",
+    )

@@ -77,7 +77,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     },
     **{
         key: (lambda value: 1 <= value <= 86_400, "from 1 to 86400 seconds")
-        for key in ("start_timeout", "peer_timeout", "exit_timeout")
+        for key in ("start_timeout", "peer_timeout", "exit_timeout", "step_timeout")
     },
     "validation": (lambda value: 0 < value < 1, "between 0 and 1, neither included"),
     "seed": (lambda value: 0 <= value < _SEED_END, f"from 0 to {_SEED_END - 1}"),

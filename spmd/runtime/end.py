@@ -117,7 +117,7 @@ def finish() -> None:
     _watch = None
 
 
-def fail(code: int, text: str, show: Callable[[str], None]) -> None:
+def fail(code: int, text: str, show: Callable[[str], None], at_once: bool = False) -> None:
     """Prints why this process fails; with several it ends them all, and does not return.
 
     Of processes that fail for the same reason, one prints it.
@@ -126,9 +126,13 @@ def fail(code: int, text: str, show: Callable[[str], None]) -> None:
       code: the exit code.
       text: the message.
       show: prints it.
+      at_once: whether a process that is alone leaves here too, since its end would hang.
     """
     if _watch is None:
         show(text)
+        if at_once:
+            sys.stdout.flush()
+            os._exit(code)
         return
     alarm = threading.Timer(_LEAVE_S, os._exit, (code,))
     alarm.daemon = True

@@ -28,7 +28,7 @@ def test_flags_are_frozen():
     """New options are made on purpose: in the component that owns them, and in this list."""
     assert " ".join(owners(RunConfig())) == (
         "cluster coordinator num_processes process_id coordinator_bind start_timeout peer_timeout"
-        " exit_timeout devices mesh parallelism aot memory_limit ignore_memory_limit"
+        " exit_timeout step_timeout devices mesh parallelism aot memory_limit ignore_memory_limit"
         " num_layers embed_dim mlp_dim num_heads num_kv_heads head_dim tied_embeddings dropout"
         " rope_base dtype scan_layers remat"
         " data pattern tokenizer token_dtype vocab_size validation sequence allow_data_change"

@@ -14,7 +14,7 @@ from rich.console import Console
 from training import loop as loops
 from training.config import RunConfig
 from training.data import Corpus
-from training.errors import DivergedError
+from training.errors import DivergedError, StalledError
 from training.loop import Loop
 from training.metrics import FILE, read_metrics
 from training.plot import PLOT
@@ -201,6 +201,27 @@ def test_a_step_that_hangs_is_told(tmp_path, monkeypatch):
     text = loop.console.file.getvalue()
     assert "warning: step 1 has been running for 60 s\nwarning: step 1 has been running for" in text
     assert "for 120 s\n" in text and "step 2 has been" not in text
+
+
+def test_a_step_that_does_not_end_ends_the_run(tmp_path, monkeypatch):
+    waits = []
+
+    def patient(watch, timeout):
+        waits.append(timeout)
+        raise queue.Empty
+
+    monkeypatch.setattr(loops.Watch, "done", patient)
+    loop, state, _ = start(tmp_path)
+    processes = dataclasses.replace(loop.plan.run.processes, step_timeout=150.0)
+    loop.plan.run = dataclasses.replace(loop.plan.run, processes=processes)
+    with pytest.raises(StalledError) as error:
+        loop.run(state)
+    assert (waits, error.value.exit_code) == ([60, 60, 30], 6)
+    assert str(error.value) == (
+        "step 1 has been running for 150 s, --step-timeout\n  why: a process, a device or the"
+        " network does not answer; nothing of this step is saved\n"
+        "  fix: start all processes again with --resume must, or allow steps more time"
+    )
 
 
 @pytest.mark.parametrize(
