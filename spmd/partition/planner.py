@@ -184,6 +184,9 @@ class _Planner:
             counts: dict[Layout, int] = {}
             for op, operand in self.propagated.program.readers[value.id]:
                 need = self.need(op, operand)
+                used = [a for dim in need.dims for a in dim]
+                if len(used) > len(set(used)):
+                    continue  # operands that are one value ask for an axis on two of its dims
                 counts[need] = counts.get(need, 0) + 1
             found = tuple((need, n) for need, n in counts.items() if n > 1)
             self.alike[value.id] = found

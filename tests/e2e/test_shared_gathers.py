@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -53,3 +54,9 @@ def test_gradients_of_projections() -> None:
     for spec in (P("data", "tensor"), P("tensor", "data")):
         mesh, places = make_mesh(data=2, tensor=4), (P("data", "tensor"), [spec] * 4)
         check(jax.grad(loss, (0, 1)), (X, w), mesh, places, places)
+
+
+def test_readers_that_want_one_axis_on_two_dims_share_nothing() -> None:
+    """A trace of a square: each operand's rows are the other's columns."""
+    x = RNG.standard_normal((8, 8), np.float32)
+    check(lambda x: jnp.einsum("ab,ba->", x, x), (x,), make_mesh(x=2), (P(None, "x"),), P())
