@@ -37,7 +37,7 @@ from training.cli import parse
 from training.config import RunConfig
 from training.data import Corpus, load_corpus, unigram_entropy, vocabulary
 from training.errors import ConfigError, DataError, DivergedError, Interrupted, StalledError
-from training.folders import make_folder, with_folder
+from training.folders import with_folder
 from training.goodput import Goodput
 from training.loop import Loop
 from training.memory import check_memory
@@ -69,7 +69,6 @@ def main(argv: list[str]) -> int:
         checkpoints = Checkpoints(Path(kept.checkpoint_dir), kept.keep, kept.save_failures)
         resumed = resume(console, errors, run, corpus, checkpoints)
         planned = prepare(console, run, mesh_sizes, corpus, resumed)
-        make_folder(checkpoints.folder)
         train(console, planned, corpus, checkpoints, resumed)
     except SpmdError as error:
         code = getattr(error, "exit_code", 1)

@@ -19,6 +19,7 @@ from training.checkpoint.identity import differences
 from training.checkpoint.lock import Lock
 from training.checkpoint.manifest import BadStep, Manifest
 from training.errors import CheckpointError
+from training.folders import make_folder
 
 __all__ = ["Found", "Store", "newest_about", "steps_in"]
 
@@ -79,15 +80,7 @@ class Store:
         Raises:
           CheckpointError: it cannot be written, or another run uses it.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            problem = Problem(
-                f"--checkpoint-dir {self.folder}",
-                f"the folder cannot be made: {error.strerror}",
-                "name a folder that can be written",
-            )
-            raise CheckpointError(problem) from error
+        make_folder(self.folder)
         self._lock.take()
         for name in (SAVING, TRASH):
             durable.remove(self.folder / name)
