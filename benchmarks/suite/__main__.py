@@ -32,6 +32,7 @@ from benchmarks.suite.targets import Target, defaults
 
 RESULTS = Path(__file__).parents[1] / "suite_results.json"
 LIMIT = 3600.0  # seconds
+SECONDS = 20.0
 _WIDTH = 180  # columns of tables that go to a file
 
 Results = dict[str, dict[str, Any]]  # target -> program -> entry
@@ -43,7 +44,9 @@ def main(argv: list[str] | None = None) -> int:
         from benchmarks.suite import one
 
         target, program = options.one
-        one.run(Target(target), program, options.programs, options.system, options.json)
+        one.run(
+            Target(target), program, options.programs, options.system, options.json, options.seconds
+        )
         return 0
     console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
     results: Results = json.loads(options.json.read_text()) if options.json.exists() else {}
@@ -78,6 +81,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--again", action="store_true", help="also what the results file has")
     add("--limit", type=float, default=LIMIT, metavar="SECONDS",
         help=f"longest time of one program for one target; default {LIMIT:.0f}")  # fmt: skip
+    add("--seconds", type=float, default=SECONDS, metavar="SECONDS",
+        help="of compilations, and of steps, of a program by all systems, beyond the fewest of "
+        f"each; default {SECONDS:.0f}")  # fmt: skip
     add("--table", action="store_true", help="print the results file and end")
     add("--markdown", action="store_true", help="print tables in Markdown")
     add("--one", nargs=2, metavar=("TARGET", "PROGRAM"), help=argparse.SUPPRESS)
@@ -114,7 +120,9 @@ def _run_missing(options: argparse.Namespace, results: Results, console: Console
             def tell(now: str, what: str = f"{target} {name}") -> None:
                 progress.update(task, description=f"{what} [dim]{now}")
 
-            child = Child(target, name, tuple(options.programs), options.limit, tell)
+            child = Child(
+                target, name, tuple(options.programs), options.limit, tell, options.seconds
+            )
             entry = run_apart(child.launch, Target(target).runs, options.system)
             known = results.setdefault(target, {})
             known[name] = merged(known.get(name), entry)

@@ -122,6 +122,7 @@ class Child:
       modules: that list programs, see `registry.programs`.
       limit: seconds that each process may take.
       tell: called with what the process is doing.
+      seconds: of compilations, and of steps, beyond the fewest of each.
     """
 
     target: str
@@ -129,10 +130,11 @@ class Child:
     modules: tuple[str, ...]
     limit: float
     tell: Callable[[str], None]
+    seconds: float
 
     def command(self, path: Path, systems: Sequence[str]) -> list[str]:
         found = [sys.executable, "-m", "benchmarks.suite", "--one", self.target, self.program,
-                 "--json", str(path)]  # fmt: skip
+                 "--json", str(path), "--seconds", str(self.seconds)]  # fmt: skip
         found += [part for module in self.modules for part in ("--programs", module)]
         return found + [part for system in systems for part in ("--system", system)]
 

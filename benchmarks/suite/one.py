@@ -39,13 +39,19 @@ class Part:
 
 
 def run(
-    target: Target, name: str, modules: Sequence[str], wanted: Sequence[str], path: Path
+    target: Target,
+    name: str,
+    modules: Sequence[str],
+    wanted: Sequence[str],
+    path: Path,
+    seconds: float,
 ) -> None:
     """Compiles, and where the target runs programs, runs; writes to `path`.
 
     Args:
       modules: that list programs, see `registry.programs`.
       wanted: systems; () for all that can.
+      seconds: of compilations, and of steps, beyond the fewest of each.
     """
     target.prepare()
     jax.config.update("jax_enable_compilation_cache", False)  # every compilation is timed
@@ -54,14 +60,16 @@ def run(
     try:
         program = next(p for p in registry.programs(modules) if p.name == name)
         placed = target.place(program)
-        _run(placed, wanted, part)
+        _run(placed, target.runs, wanted, part, seconds)
     except Exception as error:  # of the program, or of the target
         part.values["error"] = describe(error)
     part.values["done"] = True
     part.tell("")
 
 
-def _run(placed: Placed, wanted: Sequence[str], part: Part) -> None:
+def _run(
+    placed: Placed, runs: bool, wanted: Sequence[str], part: Part, seconds: float
+) -> None:
     case, mesh, layout = placed.case, placed.mesh, placed.layout
     chosen = [s for s in systems.applicable(case, placed.whole) if not wanted or s in wanted]
     part.values |= {
@@ -79,12 +87,14 @@ def _run(placed: Placed, wanted: Sequence[str], part: Part) -> None:
         part.tell(f"{system}: examine")
         rows[system] = dataclasses.asdict(_examined(system, outcome, bound, layout))
 
-    built = systems.build_in_rounds(bound, chosen, lambda s: part.tell(f"{s}: compile"), keep)
+    built = systems.build_in_rounds(
+        bound, chosen, lambda s: part.tell(f"{s}: compile"), keep, seconds
+    )
     for system, outcome in built.items():
         rows[system]["phases_s"] = outcome.phases
-    if layout is None:
+    if runs:
         running = {s: built[s].compiled for s in chosen if s in built and not rows[s]["error"]}
-        for system, ran in steps.run(running, bound, part.tell).items():
+        for system, ran in steps.run(running, bound, part.tell, seconds).items():
             if isinstance(ran, Exception):
                 rows[system]["error"] = describe(ran)
             else:

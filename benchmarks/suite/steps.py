@@ -25,7 +25,6 @@ from benchmarks.suite.targets import on_one
 TOLERANCE = 1e-3  # of the norm
 _SMALLEST = 1e-6  # of the elements of an array that counts as all zero
 STEPS, FEWEST = 100, 5  # timed steps of each system
-STEPS_SECONDS = 20.0  # of all systems together, beyond the fewest
 
 
 class Differs(Exception):
@@ -91,13 +90,14 @@ def _share(got: np.ndarray, want: np.ndarray, name: str) -> float:
 
 
 def run(
-    programs: Mapping[str, Any], bound: Bound, tell: Callable[[str], None]
+    programs: Mapping[str, Any], bound: Bound, tell: Callable[[str], None], seconds: float
 ) -> dict[str, tuple[float, float] | Exception]:
     """Runs the programs in turn, so that what slows the machine slows all.
 
     Args:
       programs: executables by system; all take the arguments of `bound`.
       tell: called with what is done.
+      seconds: of steps of all systems together, beyond the fewest.
 
     Returns:
       By system (median seconds of a step, difference from the unsharded program), or the error.
@@ -117,16 +117,18 @@ def run(
         except Exception as error:
             found[system] = error
     tell("steps")
-    times = _times({s: p for s, p in programs.items() if s in apart}, bound, args)
+    times = _times({s: p for s, p in programs.items() if s in apart}, bound, args, seconds)
     return {**found, **{s: (times[s], apart[s]) for s in apart}}
 
 
-def _times(programs: Mapping[str, Any], bound: Bound, args: tuple[Any, ...]) -> dict[str, float]:
+def _times(
+    programs: Mapping[str, Any], bound: Bound, args: tuple[Any, ...], limit: float
+) -> dict[str, float]:
     """Median seconds of a step, by system; the programs have run once."""
     taken: dict[str, list[float]] = {system: [] for system in programs}
     begin = time.perf_counter()
     for turn in range(STEPS):
-        if turn >= FEWEST and time.perf_counter() - begin > STEPS_SECONDS:
+        if turn >= FEWEST and time.perf_counter() - begin > limit:
             break
         # every other turn backwards, so that none always follows the same one
         for system in list(programs) if turn % 2 else list(programs)[::-1]:

@@ -29,7 +29,7 @@ import spmd
 from benchmarks.suite.case import Case, array
 from benchmarks.suite.names import BY_HAND, GSPMD, OURS, SYSTEMS
 
-ROUNDS, ROUNDS_SECONDS = 3, 20.0  # compilations of each system, while they take no longer
+ROUNDS = 3  # compilations of each system
 
 
 class Bound(NamedTuple):
@@ -87,12 +87,14 @@ def build_in_rounds(
     systems: Iterable[str],
     begins: Callable[[str], None],
     built: Callable[[str, Built | Exception], None],
+    seconds: float,
 ) -> dict[str, Built]:
     """Builds with every system in turn, as often as there is time for.
 
     Args:
       begins: called with the name of each system that begins.
       built: called for each system with what it built first, and with why it did not.
+      seconds: of compilations of all systems, beyond the first of each.
 
     Returns:
       By system that did not fail, its last executable with the medians of all phases.
@@ -113,7 +115,7 @@ def build_in_rounds(
                 built(system, outcome)
             found.setdefault(system, []).append(outcome)
             spent += sum(outcome.phases.values())
-        if spent * (number + 2) / (number + 1) > ROUNDS_SECONDS:
+        if spent * (number + 2) / (number + 1) > seconds:
             break
         left.reverse()  # so that none always follows the same one
     return {system: _median(found[system]) for system in found}

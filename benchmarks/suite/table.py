@@ -60,7 +60,7 @@ class Bar(NamedTuple):
       against: the system; `OURS` for `SHARE`.
       each: the most for any program; None when only the mean counts.
       mean: the most for the geometric mean over all programs of a target; None alike.
-      targets: "cpu", "gpu", "tpu".
+      targets: as `kind` names them.
     """
 
     metric: Metric
@@ -70,7 +70,7 @@ class Bar(NamedTuple):
     targets: tuple[str, ...]
 
 
-EVERYWHERE, MANY = ("cpu", "tpu", "gpu"), ("cpu", "tpu")
+EVERYWHERE, MANY = ("cpu", "tpu", "gpu", "gpus"), ("cpu", "tpu", "gpus")
 BARS = (
     Bar(WIRE, SHARDY, 1.0, 0.7, MANY),
     Bar(WIRE, BY_HAND, 1.05, None, MANY),
@@ -98,7 +98,9 @@ class Miss(NamedTuple):
 
 
 def kind(target: str) -> str:
-    """Of a target: "cpu", "gpu" or "tpu"."""
+    """Of a target: "cpu", "gpu", "gpus" (several, compiled only) or "tpu"."""
+    if target.startswith("gpu:"):
+        return "gpus"
     return target if target in ("cpu", "gpu") else "tpu"
 
 

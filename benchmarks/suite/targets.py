@@ -4,6 +4,7 @@
     v5p:2x2x4 ...   TPUs as libtpu describes them, see `spmd.hardware.Machine.parse`; compiled only
     gpu             GPUs of this machine: all when there are 8 or 16, else one, on a mesh whose axes
                     all have size 1
+    gpu:8, gpu:16   as many hosts, each with a GPU like the one here; compiled only
 
 JAX reads its environment while it is imported and when it starts: a child is started with the
 variables of `environment`, and calls `prepare` before it does anything else.
@@ -57,22 +58,36 @@ class Target:
         """Whether programs run here, and are not only compiled."""
         return self.name in ("cpu", "gpu")
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a compiler for GPUs is needed, and with it a GPU."""
+        return self.name.partition(":")[0] == "gpu"
+
+    @property
+    def described_gpus(self) -> int:
+        """How many GPUs a `gpu:N` stands for; 0 for other targets."""
+        kind, _, count = self.name.partition(":")
+        return int(count or 0) if kind == "gpu" else 0
+
     def environment(self) -> dict[str, str]:
         """Variables of a process that compiles for these devices, from those of this one."""
         found = dict(os.environ)
         # XLA says for every program that GSPMD is on its way out
         found.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        if self.name != "gpu":
+        if not self.on_gpu:
             found["JAX_PLATFORMS"] = "cpu"
         elif found.get("JAX_PLATFORMS") == "cpu":
             del found["JAX_PLATFORMS"]
+        if self.described_gpus:
+            found["JAX_MOCK_GPU_TOPOLOGY"] = f"1x{self.described_gpus}x1"
+            found["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
         return found
 
     def prepare(self) -> None:
         """Sets what is left of the environment, before JAX starts its backend."""
         if self.name == "cpu":
             simulate(SIMULATED)
-        elif self.name != "gpu":
+        elif not self.on_gpu:
             from spmd.ahead import libtpu
 
             libtpu.prepare()
@@ -88,6 +103,10 @@ class Target:
 
         if self.name == "gpu":
             return _on_gpus(program)
+        if self.described_gpus:
+            size = LARGE._replace(devices=self.described_gpus)
+            case = program.make(size)
+            return Placed(case, size, simulated_mesh(case.mesh), None, True)
         if self.name == "cpu":
             case = program.make(RUNS)
             return Placed(case, RUNS, simulated_mesh(case.mesh), None, True)

@@ -82,6 +82,7 @@ _FREE = 1 << 30
 class _Planner:
     def __init__(self, propagated: Propagated, mesh: MeshShape, without: Collection[str]):
         self.propagated, self.mesh, self.without = propagated, mesh, without
+        self.single = frozenset(name for name, size in propagated.mesh.axes if size == 1)
         self.uses = propagated.program.uses
         self.diagnostics: list[Diagnostic] = []
         self.refined: dict[Sharding, Layout] = {}
@@ -115,11 +116,16 @@ class _Planner:
         return before
 
     def refine(self, layout: Layout) -> Layout:
-        """A layout on the user's mesh, on the refined mesh."""
-        if self.mesh is self.propagated.mesh or self.mesh == self.propagated.mesh:
+        """A layout on the user's mesh, on the refined mesh. Axes of one device are left out: they
+        shard nothing, and XLA runs a collective among one device like any other."""
+        single, dims = self.single, layout.dims
+        if single:
+            dims = tuple(tuple(a for a in axes if a not in single) for axes in dims)
+        if self.mesh is not self.propagated.mesh and self.mesh != self.propagated.mesh:
+            dims = tuple(refine_refs(self.propagated.mesh, self.mesh, axes) for axes in dims)
+        if dims is layout.dims:
             return layout
-        dims = tuple(refine_refs(self.propagated.mesh, self.mesh, axes) for axes in layout.dims)
-        return Layout(dims, layout.partial)
+        return Layout(dims, tuple(p for p in layout.partial if p[0] not in single))
 
     def wanted(self, value: Value) -> Layout:
         """The propagated layout of a value, or the one that a pass assumes."""

@@ -106,7 +106,9 @@ def test_systems_are_built_in_rounds_and_told_of_once(monkeypatch):
     bound = systems.bind(make_product(RUNS), on_one(MESH))
 
     def rounds():
-        return systems.build_in_rounds(bound, wanted, lambda *_: None, lambda s, _: told.append(s))
+        return systems.build_in_rounds(
+            bound, wanted, lambda *_: None, lambda s, _: told.append(s), 20.0
+        )
 
     assert rounds()[names.OURS].phases == {"compile": 3.0}
     assert told == list(wanted)
@@ -117,7 +119,7 @@ def test_systems_are_built_in_rounds_and_told_of_once(monkeypatch):
 def _run(programs, bound):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "STEPS", 3)
-        return steps.run(programs, bound, lambda now: None)
+        return steps.run(programs, bound, lambda now: None, 1.0)
 
 
 def test_every_system_builds_and_agrees_with_the_unsharded_program(built):
@@ -295,7 +297,7 @@ def test_one_system_is_measured_again_beside_the_others() -> None:
 
 
 def _child(program: str, limit: float) -> Child:
-    return Child("cpu", program, (HERE,), limit, lambda now: None)
+    return Child("cpu", program, (HERE,), limit, lambda now: None, 1.0)
 
 
 def test_a_child_that_dies_before_its_systems_is_an_error_of_the_program():
@@ -344,5 +346,7 @@ def test_children_are_kept_from_accelerators_unless_they_are_the_target(monkeypa
     assert Target("cpu").environment()["JAX_PLATFORMS"] == "cpu"
     assert Target("v5e:4x4").environment()["JAX_PLATFORMS"] == "cpu"
     assert defaults()[:2] == ("cpu", "v5p:2x2x4")
+    described = Target("gpu:16").environment()
+    assert described["JAX_MOCK_GPU_TOPOLOGY"] == "1x16x1" and not Target("gpu:16").runs
     with pytest.raises(RuntimeError, match="no GPU"):
         Target("gpu").place(PROGRAMS[0])
