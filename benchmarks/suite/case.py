@@ -7,6 +7,8 @@ function, shardings of arguments and results, and annotations inside.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -33,6 +35,8 @@ class Size(NamedTuple):
     def pick(self, small: Any, large: Any) -> Any:
         return small if self.small else large
 
+
+_MANY = 1 << 22  # elements of an array that are not drawn by numpy
 
 RUNS = Size(8, True, jnp.float32)
 LARGE = Size(16, False, jnp.bfloat16)
@@ -87,13 +91,30 @@ class Program:
     make: Callable[[Size], Case]
 
 
+def normal(
+    rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, scale: float = 1.0,
+    mean: float = 0.0,
+) -> Any:  # fmt: skip
+    """Normally distributed numbers. Many are drawn by JAX on its first device, which is a GPU's
+    time instead of minutes of numpy's."""
+    if math.prod(shape) < _MANY:
+        return (mean + scale * rng.standard_normal(shape, np.float32)).astype(dtype)
+    return _normal(int(rng.integers(1 << 31)), shape, np.dtype(dtype), scale, mean)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _normal(seed: Any, shape: tuple[int, ...], dtype: Any, scale: float, mean: float) -> jax.Array:
+    found = jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+    return (mean + scale * found).astype(dtype)
+
+
 def drawn(rng: np.random.Generator, shapes: Any) -> Any:
     """Small random numbers for floating arrays; 0 for others."""
 
-    def one(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    def one(leaf: jax.ShapeDtypeStruct) -> Any:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return np.zeros(leaf.shape, leaf.dtype)
-        return (rng.standard_normal(leaf.shape, np.float32) * 0.05).astype(leaf.dtype)
+        return normal(rng, leaf.shape, leaf.dtype, 0.05)
 
     return jax.tree.map(one, shapes)
 

@@ -32,25 +32,27 @@ class Differs(Exception):
 
 
 def unsharded(case: Case, args: tuple[Any, ...]) -> Any:
-    """What the function returns under plain `jax.jit` on one device, as arrays of numpy."""
+    """What the function returns under plain `jax.jit` on one device."""
     alone = on_one(case.mesh)
     with jax.set_mesh(alone):  # for constraints that name axes
         given = jax.device_put(args, jax.NamedSharding(alone, jax.P()))
-        return as_numpy(jax.jit(case.fun)(*given))
+        return _without_keys(jax.jit(case.fun)(*given))
 
 
-def as_numpy(tree: Any) -> Any:
-    """Arrays of numpy in place of those of JAX, keys of random numbers as their data."""
+def _without_keys(tree: Any) -> Any:
+    """The data of keys of random numbers in their place."""
 
-    def one(x: jax.Array) -> np.ndarray:
-        keys = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-        return np.asarray(jax.random.key_data(x) if keys else x)
+    def one(x: jax.Array) -> Any:
+        return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
     return jax.tree.map(one, tree)
 
 
 def difference(found: Any, true: Any) -> float:
-    """The largest difference of two pytrees of numpy arrays, as a share of the norm.
+    """The largest difference of two pytrees of arrays, as a share of the norm.
+
+    Args:
+      true: on one device, where they are compared, since there may be billions of elements.
 
     Raises:
       Differs: naming the array, when one does not agree.
@@ -65,8 +67,9 @@ def difference(found: Any, true: Any) -> float:
         if got.shape != want.shape or got.dtype != want.dtype:
             raise Differs(f"{name} is {got.dtype}{got.shape}, not {want.dtype}{want.shape}")
         if not jnp.issubdtype(want.dtype, jnp.inexact):
-            if not np.array_equal(got, want):
-                raise Differs(f"{name} differs in {np.sum(got != want)} of {want.size} elements")
+            apart = int(np.sum(np.asarray(got) != np.asarray(want)))
+            if apart:
+                raise Differs(f"{name} differs in {apart} of {want.size} elements")
             continue
         share, allowed = _share(got, want, name), max(TOLERANCE, 4 * float(_eps(want)))
         if share > allowed:
@@ -80,13 +83,23 @@ def _eps(x: np.ndarray) -> Any:
 
 
 def _share(got: np.ndarray, want: np.ndarray, name: str) -> float:
-    kind = np.complex128 if np.iscomplexobj(want) else np.float64
-    got, want = got.astype(kind), want.astype(kind)
-    finite = np.isfinite(want)
-    if not np.array_equal(np.isfinite(got), finite):
+    if isinstance(want, jax.Array):
+        got = jax.device_put(got, want.sharding)
+    same, apart, norm = _norms(got, want)
+    if not same:
         raise Differs(f"{name} has other infinities or NaNs")
-    apart = np.linalg.norm((got - want)[finite])
-    return float(apart / max(np.linalg.norm(want[finite]), _SMALLEST * np.sqrt(want.size or 1)))
+    return float(apart) / max(float(norm), _SMALLEST * (want.size or 1) ** 0.5)
+
+
+@jax.jit
+def _norms(got: jax.Array, want: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(whether the same elements are finite, norm of the difference, norm), of finite ones."""
+    kind = jnp.complex64 if jnp.iscomplexobj(want) else jnp.float32
+    finite = jnp.isfinite(want)
+    same = (jnp.isfinite(got) == finite).all()
+    got, want = got.astype(kind), want.astype(kind)
+    norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(jnp.abs(jnp.where(finite, x, 0)))))  # noqa: E731
+    return same, norm(got - want), norm(want)
 
 
 def run(
@@ -113,7 +126,7 @@ def run(
         tell(f"{system}: results")
         try:
             _, result = _step(program, bound, args)
-            apart[system] = difference(as_numpy(result), true)
+            apart[system] = difference(_without_keys(result), true)
         except Exception as error:
             found[system] = error
     tell("steps")

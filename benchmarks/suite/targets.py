@@ -78,15 +78,16 @@ class Target:
             found["JAX_PLATFORMS"] = "cpu"
         elif found.get("JAX_PLATFORMS") == "cpu":
             del found["JAX_PLATFORMS"]
-        if self.described_gpus:
-            found["JAX_MOCK_GPU_TOPOLOGY"] = f"1x{self.described_gpus}x1"
-            found["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
         return found
 
     def prepare(self) -> None:
         """Sets what is left of the environment, before JAX starts its backend."""
         if self.name == "cpu":
             simulate(SIMULATED)
+        elif self.described_gpus:
+            import jax
+
+            jax.config.update("jax_mock_gpu_topology", f"1x{self.described_gpus}x1")
         elif not self.on_gpu:
             from spmd.ahead import libtpu
 

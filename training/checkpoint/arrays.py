@@ -1,7 +1,8 @@
-"""Reading the arrays of a state: what is stored is compared with what is needed beforehand."""
+"""The arrays of a state: copied before they are written, compared before they are read."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,31 @@ import jax
 import orbax.checkpoint as ocp
 
 from sharding.errors import Problem
+from spmd.runtime import processes
 from training.errors import CheckpointError
 
-__all__ = ["mismatches", "reason", "restore"]
+__all__ = ["mismatches", "reason", "restore", "small_copy"]
 
 _SHOWN = 5
+_SMALL_BYTES = 64 * 2**20  # of one device
+
+
+def small_copy(state: Any) -> Any:
+    """A copy of a state on its devices, or None where it is not small, or several processes have
+    parts of it.
+
+    What Orbax does for every array while training waits takes longer than a small array's copy. Of
+    a large one it is little, and there may be no room for a second; several processes have to meet
+    while they save, and their steps do too.
+    """
+    if processes.count() > 1:
+        return None
+    leaves: list[jax.Array] = jax.tree.leaves(state)
+    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    if held > _SMALL_BYTES:
+        return None
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.device_put(state, shardings, may_alias=False)
 
 
 def mismatches(checkpointer: ocp.AsyncCheckpointer, folder: Path, abstract: Any) -> list[Problem]:

@@ -131,13 +131,14 @@ class Checkpoints:
             self._failed(step, error)
             return self._enough()
         self.pending, self._done = step, Future()
+        copied = arrays.small_copy(unboxed)
         try:
-            folder = (self._store.staged(step) / _STATE).absolute()
-            self._checkpointer().save(folder, args=ocp.args.StandardSave(unboxed))
+            if copied is None:
+                self._write(step, unboxed)
         except Exception as error:  # Orbax raises whatever its storage raised
             self._done.set_exception(error)
             return
-        what = (self._done, step, dict(record), dict(self.about))
+        what = (self._done, step, copied, dict(record), dict(self.about))
         threading.Thread(target=self._commit, args=what, daemon=True, name="commit").start()
 
     def poll(self) -> Problem | None:
@@ -175,11 +176,23 @@ class Checkpoints:
             if processes.is_primary():
                 self._store.close()
 
+    def _write(self, step: int, state: Any) -> None:
+        """Orbax copies the state to the host, and goes on to write it in the background."""
+        folder = (self._store.staged(step) / _STATE).absolute()
+        self._checkpointer().save(folder, args=ocp.args.StandardSave(state))
+
     def _commit(
-        self, done: Future[None], step: int, record: dict[str, Any], about: dict[str, Any]
-    ) -> None:
-        """Runs in the background: Orbax's writing, then the manifest."""
+        self, done: Future[None], step: int, copied: Any, record: dict[str, Any],
+        about: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """Runs in the background: Orbax's writing, then the manifest.
+
+        Args:
+          copied: the state, where Orbax has not begun with it.
+        """
         try:
+            if copied is not None:
+                self._write(step, copied)
             self._checkpointer().wait_until_finished()
             if processes.is_primary():
                 self._store.commit(step, record, about)

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.suite.case import Case, Program, Size, array
+from benchmarks.suite.case import Case, Program, Size, array, normal
 from benchmarks.suite.programs import transformer, transformer_by_hand
 from benchmarks.suite.programs.transformer import (
     MEGATRON,
@@ -118,7 +118,7 @@ def _decode(size: Size) -> Case:
     tokens = array(config.batch, dtype=jnp.int32)
 
     def values(rng: np.random.Generator) -> tuple[Any, ...]:
-        filled = [rng.standard_normal(shape, np.float32).astype(size.dtype) for _ in range(2)]
+        filled = [normal(rng, shape, size.dtype) for _ in range(2)]
         position = np.int32(length * 3 // 4)
         of_batch = drawn_tokens(rng, config, tokens.shape)
         return drawn_parameters(rng, params), tuple(filled), of_batch, position

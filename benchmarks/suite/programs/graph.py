@@ -18,7 +18,7 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.suite.case import Case, Program, Size, array, everywhere
+from benchmarks.suite.case import Case, Program, Size, array, everywhere, normal
 from benchmarks.suite.programs.optimizers import cross_entropy, rms_norm, shaped, training_case
 from sharding import shard
 
@@ -93,7 +93,7 @@ def _graph(size: Size) -> Case:
         drawn_graph = {
             name: rng.integers(0, nodes, leaf.shape, dtype=np.int32)
             if leaf.dtype == jnp.int32
-            else rng.standard_normal(leaf.shape, np.float32).astype(leaf.dtype)
+            else normal(rng, leaf.shape, leaf.dtype)
             for name, leaf in graph.items()
         }
         return drawn_graph, rng.integers(0, classes, nodes, dtype=np.int32)

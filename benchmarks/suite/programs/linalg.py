@@ -20,7 +20,7 @@ import optax
 from jax.scipy.linalg import cho_solve
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.suite.case import Case, Program, Size, array, everywhere
+from benchmarks.suite.case import Case, Program, Size, array, everywhere, normal
 from benchmarks.suite.programs.optimizers import shaped, training_case
 from sharding import shard
 
@@ -104,7 +104,7 @@ def _spectral(size: Size) -> Case:
     shape = (batch, side, side, channels)
 
     def values(rng: np.random.Generator) -> tuple[Any, ...]:
-        fields = rng.standard_normal((2, *shape), np.float32).astype(size.dtype)
+        fields = normal(rng, (2, *shape), size.dtype)
         return fields[0], fields[1]
 
     return training_case(

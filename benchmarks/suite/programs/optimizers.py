@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from optax import contrib
 
-from benchmarks.suite.case import Case, Program, Size, array, drawn, everywhere
+from benchmarks.suite.case import Case, Program, Size, array, drawn, everywhere, normal
 
 
 def training_case(
@@ -193,7 +193,7 @@ def _muon(size: Size) -> Case:
     state = jax.eval_shape(optimizer.init, params)
 
     def values(rng: np.random.Generator) -> tuple[Any, ...]:
-        x = rng.standard_normal((rows, inputs), np.float32).astype(size.dtype)
+        x = normal(rng, (rows, inputs), size.dtype)
         return x, rng.integers(0, classes, rows, dtype=np.int32)
 
     case = training_case(

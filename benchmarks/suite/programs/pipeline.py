@@ -18,7 +18,7 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.suite.case import Case, Program, Size, array
+from benchmarks.suite.case import Case, Program, Size, array, normal
 from benchmarks.suite.programs.optimizers import rms_norm, shaped, training_case
 from sharding import shard
 
@@ -86,7 +86,7 @@ def _pipeline(size: Size) -> Case:
     shape = (microbatches, rows, width)
 
     def values(rng: np.random.Generator) -> tuple[Any, ...]:
-        x = rng.standard_normal((2, *shape), np.float32).astype(size.dtype)
+        x = normal(rng, (2, *shape), size.dtype)
         return x[0], x[1]
 
     return training_case(

@@ -18,7 +18,7 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.suite.case import Case, Program, Size, array, everywhere
+from benchmarks.suite.case import Case, Program, Size, array, everywhere, normal
 from benchmarks.suite.programs.optimizers import shaped, training_case
 from sharding import shard
 
@@ -103,7 +103,7 @@ def _dlrm(size: Size) -> Case:
     )
 
     def values(rng: np.random.Generator) -> tuple[Any, ...]:
-        dense = rng.standard_normal((batch, features), np.float32).astype(size.dtype)
+        dense = normal(rng, (batch, features), size.dtype)
         indices = np.stack([rng.integers(0, count, batch, dtype=np.int32) for count in rows], 1)
         return dense, indices, rng.integers(0, 2, batch).astype(np.float32)
 

@@ -19,7 +19,7 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.suite.case import Case, Program, Size, array, everywhere
+from benchmarks.suite.case import Case, Program, Size, array, everywhere, normal
 from benchmarks.suite.programs.experts import leave
 from benchmarks.suite.programs.optimizers import cross_entropy, rms_norm, shaped, training_case
 from sharding import shard
@@ -192,7 +192,7 @@ def _sequences(size: Size, spec: P, shape: tuple[int, int, int]) -> tuple[Any, A
 
 def _values(size: Size, shape: tuple[int, int, int], classes: int) -> Any:
     def values(rng: np.random.Generator) -> tuple[Any, ...]:
-        x = rng.standard_normal(shape, np.float32).astype(size.dtype)
+        x = normal(rng, shape, size.dtype)
         return x, rng.integers(0, classes, shape[:2], dtype=np.int32)
 
     return values

@@ -25,7 +25,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.suite.case import Case, Program, Size, array
+from benchmarks.suite.case import Case, Program, Size, array, normal
 from models.loss import cross_entropy
 from models.transformer import attend, rotate
 from sharding import shard
@@ -264,13 +264,12 @@ def axis_rules(rules: Rules) -> tuple[tuple[str, str | None], ...]:
 def drawn_parameters(rng: np.random.Generator, shapes: Any) -> Any:
     """Numbers that keep activations near unit variance."""
 
-    def one(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    def one(path: Any, leaf: jax.ShapeDtypeStruct) -> Any:
         name = path[-1].key
-        noise = rng.standard_normal(leaf.shape, np.float32)
         if name.endswith("norm"):
-            return (1 + 0.1 * noise).astype(leaf.dtype)
+            return normal(rng, leaf.shape, leaf.dtype, 0.1, mean=1.0)
         fan_in = 1 if name == "embedding" else leaf.shape[-2]
-        return (noise * fan_in**-0.5).astype(leaf.dtype)
+        return normal(rng, leaf.shape, leaf.dtype, fan_in**-0.5)
 
     return jax.tree_util.tree_map_with_path(one, shapes)
 

@@ -21,7 +21,7 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.suite.case import Case, Program, Size, array, everywhere
+from benchmarks.suite.case import Case, Program, Size, array, everywhere, normal
 from benchmarks.suite.programs.optimizers import cross_entropy, shaped, training_case
 from sharding import shard
 
@@ -128,7 +128,7 @@ def _cnn(size: Size) -> Case:
     )  # fmt: skip
 
     def values(rng: np.random.Generator) -> tuple[Any, ...]:
-        images = rng.standard_normal((batch, side, side, 3), np.float32).astype(size.dtype)
+        images = normal(rng, (batch, side, side, 3), size.dtype)
         ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), stats)
         return ones, images, rng.integers(0, classes, batch, dtype=np.int32)
 
@@ -212,7 +212,7 @@ def _unet(
     params = shaped(shapes, size.dtype)
 
     def values(rng: np.random.Generator) -> tuple[Any, ...]:
-        image = rng.standard_normal((*shape, channels), np.float32).astype(size.dtype)
+        image = normal(rng, (*shape, channels), size.dtype)
         return image, rng.integers(0, classes, shape, dtype=np.int32)
 
     return training_case(
