@@ -3,13 +3,16 @@
 import json
 import shutil
 import subprocess
+import threading
 import time
 
+import jax
+import numpy as np
 import pytest
 
 from sharding.errors import Problem
 from tests.faults import corruptions, states
-from training.checkpoint import Checkpoints, durable, manifest
+from training.checkpoint import Checkpoints, arrays, durable, manifest
 from training.checkpoint.store import steps_in
 from training.errors import CheckpointError
 
@@ -198,3 +201,31 @@ def test_a_disk_that_turns_read_only_is_named(on_small_disk):
     assert problem.why == f"Read-only file system: {folder}/saving"
     save(on_small_disk, 4)
     assert (on_small_disk.finish(), steps_in(on_small_disk.folder)) == (None, [1, 2, 4])
+
+
+def test_a_small_state_is_written_as_it_was_though_its_memory_is_given_away(
+    checkpoints, monkeypatch
+):
+    """The copy is made before `save` returns: the next step may take the arrays over."""
+    state = states.at(5, corruptions.COLUMNS)
+    wanted = jax.tree.map(np.array, state)  # views would hold the memory
+    begun = threading.Event()
+    write = Checkpoints._write
+    monkeypatch.setattr(Checkpoints, "_write", lambda *a: begun.wait(60) and write(*a))
+    checkpoints.save(5, state, states.RECORD)
+    step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    jax.block_until_ready(step(state))
+    assert all(x.is_deleted() for x in jax.tree.leaves(state))
+    begun.set()
+    assert checkpoints.finish() is None
+    monkeypatch.undo()
+    restored = checkpoints.restore(5, states.abstract(corruptions.COLUMNS))
+    for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_a_large_state_is_not_copied_on_its_devices(monkeypatch):
+    state = states.at(5, corruptions.COLUMNS)
+    assert arrays.small_copy(state) is not None
+    monkeypatch.setattr(arrays, "_SMALL_BYTES", 16)
+    assert arrays.small_copy(state) is None
