@@ -51,6 +51,7 @@ def jit(
     on_gather: str = "plan",
     strict: bool = False,
     disable_passes: Sequence[str] = (),
+    memory_limit: int | None = None,
     compiler_options: Any = None,
 ) -> Any:
     """Compiles `fun` into a partitioned program: `jax.jit`, with the sharding of every operation
@@ -83,7 +84,10 @@ def jit(
         "own_stacks" and "async_collectives" (what TPU compilers need in order to keep
         reduce-scatters, to fill no memory with zeros that are overwritten, and to run collectives
         beside computation), "keep_products" (what the CPU compiler needs in order to multiply
-        matrices at full speed).
+        matrices at full speed), "saved_gathers" (see `memory_limit`).
+      memory_limit: bytes that a device has for the program. While the predicted peak stays below,
+        weights that loops over layers gather forward and again on the way back are gathered once.
+        A program that is predicted to need more has a diagnostic. None: every loop gathers.
 
     Returns:
       A callable with the stages `.trace`, `.lower` (see `spmd.stages`).
@@ -98,6 +102,7 @@ def jit(
     _check_callable(fun)
     _check_choices(device, backend, fallback, on_gather)
     _check_passes(disable_passes)
+    _check_memory_limit(memory_limit)
     donated_and_static = _jit.resolve_argnums(
         fun, donate_argnums, donate_argnames, static_argnums, static_argnames
     )
@@ -106,6 +111,7 @@ def jit(
         tuple(in_shardings) if isinstance(in_shardings, list) else in_shardings, out_shardings,
         *donated_and_static, keep_unused, fallback, on_gather,
         tuple((compiler_options or {}).items()), bool(strict), tuple(sorted(disable_passes)),
+        memory_limit,
     )  # fmt: skip
     return Function(_referable(fun), options)
 
@@ -308,6 +314,18 @@ def _check_passes(names: Sequence[str]) -> None:
     ]
     if problems:
         raise ArgumentError(*problems)
+
+
+def _check_memory_limit(limit: Any) -> None:
+    if limit is None or (isinstance(limit, int) and not isinstance(limit, bool) and limit > 0):
+        return
+    raise ArgumentError(
+        Problem(
+            f"memory_limit={limit!r}",
+            "it is the number of bytes that a device has for the program",
+            "pass a positive int, such as 16 * 2**30, or None",
+        )
+    )
 
 
 def _referable(fun: Callable) -> Callable:

@@ -14,7 +14,7 @@ from sharding.mesh import MeshShape
 # What can be switched off, by `disable_passes`.
 PASSES = (
     "shared_sums", "shared_gathers", "loop_sums", "loop_invariants", "late_broadcasts",
-    "split_scatters", "own_stacks", "keep_products", "async_collectives",
+    "saved_gathers", "split_scatters", "own_stacks", "keep_products", "async_collectives",
 )  # fmt: skip
 
 
@@ -36,6 +36,7 @@ class Options:
     compiler_options: tuple[tuple[str, Any], ...] = ()
     strict: bool = False
     disable_passes: tuple[str, ...] = ()
+    memory_limit: int | None = None
 
     def on(self, name: str) -> bool:
         """Whether one of `PASSES` is on."""
@@ -51,7 +52,7 @@ class Options:
             self.mesh, self.axis_rules, _flat(self.in_shardings), _flat(self.out_shardings),
             self.donate_argnums, self.donate_argnames, self.static_argnums, self.static_argnames,
             self.keep_unused, self.fallback, self.on_gather, self.compiler_options,
-            self.strict, self.disable_passes,
+            self.strict, self.disable_passes, self.memory_limit,
         )  # fmt: skip
 
     @cached_property

@@ -25,17 +25,16 @@ from spmd.arguments import Arguments, output_names
 from spmd.collectives import Collective
 from spmd.compiled import Lowered
 from spmd.devices import automatic, under
-from spmd.estimate import liveness
 from spmd.explaining.inspection import Inspection
 from spmd.options import Options, sharding_of
 from spmd.partition.diagnose import forbid_gathers
-from spmd.partition.findings import diagnose, forbid_waste
+from spmd.partition.findings import diagnose, forbid_waste, over_limit
 from spmd.partition.interpret import per_device
 from spmd.partition.plan import Diagnostic, ProgramPlan
-from spmd.partition.planner import make_plan
 from spmd.partition.verify import ENABLED, verify
+from spmd.planning import make_suited_plan, peak_bytes
 from spmd.reporting.stage import Reporting
-from spmd.target import compiler_of, compiler_options, suited
+from spmd.target import compiler_options
 
 
 @dataclass(frozen=True)
@@ -225,10 +224,9 @@ class Propagated(Inspection):
     def partition(self) -> "Partitioned":
         """Rewrites the program into a per-device one with explicit collectives."""
         options = self.traced.options
-        plan = make_plan(
-            self.result, self._inputs[0], self._outputs[0], options.disable_passes
+        plan = make_suited_plan(
+            self.result, self._inputs[0], self._outputs[0], self.traced.donated, options
         )
-        plan = suited(plan, options)
         if ENABLED:
             verify(plan)
         if options.on_gather == "error":
@@ -308,15 +306,16 @@ class Partitioned(Inspection):
     @cached_property
     def peak_memory(self) -> int:
         """Predicted peak bytes per device."""
-        return liveness.peak_bytes(
-            self.plan, self.propagated.traced.donated, compiler_of(self.options.mesh)
-        )
+        return peak_bytes(self.plan, self.propagated.traced.donated, self.options)
 
     @cached_property
     def diagnostics(self) -> tuple[Diagnostic, ...]:
         """What was done that the annotations did not say, and what they leave undone: the
         dearest first."""
         found = (*self.propagated._inputs[1], *self.propagated._outputs[1])
+        limit = self.options.memory_limit
+        if limit is not None and self.peak_memory > limit:
+            found = (*found, over_limit(self.peak_memory, limit))
         return diagnose(self.propagated.result, self.plan, found)
 
     @property

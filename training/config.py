@@ -49,7 +49,9 @@ class MeshConfig:
         "", "compile the step for this TPU topology, e.g. v5p:4x4x4, without a TPU, and stop"
     )
     memory_limit: float = option(
-        0.0, "GiB that a step may take per device; 0: what the device has, where that is known"
+        0.0,
+        "GiB that a step may take per device, used to gather weights once where they fit; 0: what"
+        " the device has, where that is known",
     )
     ignore_memory_limit: bool = option(False, "go on where the predicted memory is over the limit")
 

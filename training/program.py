@@ -103,6 +103,7 @@ def plan(run: RunConfig, mesh: Mesh) -> Plan:
         in_shardings=(state_shardings, batch_sharding),
         out_shardings=(state_shardings, None),
         donate_argnums=(0,),
+        memory_limit=int(run.mesh.memory_limit * 2**30) or None,
     )
     partitioned = step.trace(state, batch).propagate().partition()
     return Plan(run, mesh, rules, state, state_shardings, batch_sharding, partitioned)

@@ -189,6 +189,17 @@ def _unused(
         )  # fmt: skip
 
 
+def over_limit(peak: int, limit: int) -> Diagnostic:
+    """The diagnostic of a program that is predicted not to fit into `memory_limit`."""
+    return Diagnostic(
+        "over limit", "the program",
+        f"its predicted peak is {peak:,} B per device, {peak - limit:,} B more than "
+        f"memory_limit={limit:,}",
+        float(peak - limit), "", "shard more of what `spmd.report` lists as largest, or recompute "
+        "it with jax.checkpoint",
+    )  # fmt: skip
+
+
 def _size(value: Value) -> int:
     count = 1
     for n in value.shape:

@@ -112,11 +112,11 @@ class Diagnostic:
     Attributes:
       kind: boundary (uneven argument or result), gather (an operation needs a dim whole),
         replicated (a large value is whole everywhere), padded, reduced early (in each step of a
-        loop), unused axis, conflict (two dims wanted one axis).
+        loop), unused axis, conflict (two dims wanted one axis), over limit (of memory).
       value: what it happened to, as its user knows it; an axis.
       text: what was done and what it costs.
       bytes: gather, reduced early, conflict: wire bytes per device and call; boundary: bytes held
-        per device; others: of those, the bytes held for nothing.
+        per device; over limit: what is missing; others: of those, the bytes held for nothing.
       source: source line of the operation.
       remedy: what avoids it.
       stated: the annotations themselves ask for it.

@@ -42,7 +42,7 @@ from spmd.partition.tensor import Tensor
 
 def make_plan(
     propagated: Propagated, in_layouts: Sequence[Layout], out_layouts: Sequence[Layout],
-    without: Collection[str] = (),
+    without: Collection[str] = (), assumed: Mapping[int, Layout] | None = None,
 ) -> ProgramPlan:  # fmt: skip
     """The partitioned program as data.
 
@@ -51,11 +51,13 @@ def make_plan(
       in_layouts: boundary layouts of the arguments, on the mesh of `propagated`.
       out_layouts: the same for the results.
       without: names of passes that are off.
+      assumed: layouts of values inside of regions, by id, in place of those propagated.
     """
     refs = {a for s in set(propagated.shardings) for d in s.dims for a in d.axes if ":" in a}
     while True:
         mesh = refine(propagated.mesh, refs)
         planner = _Planner(propagated, mesh, without)
+        planner.assume(assumed or {})
         ins = [planner.refine(layout) for layout in in_layouts]
         outs = [planner.refine(layout) for layout in out_layouts]
         body = planner.region(propagated.program.body, mesh, ins, outs)
@@ -116,8 +118,8 @@ class _Planner:
         return before
 
     def refine(self, layout: Layout) -> Layout:
-        """A layout on the user's mesh, on the refined mesh. Axes of one device are left out: they
-        shard nothing, and XLA runs a collective among one device like any other."""
+        """A layout on the user's mesh, on the refined mesh. Axes of one device are left out: XLA
+        runs a collective among one device like any other."""
         single, dims = self.single, layout.dims
         if single:
             dims = tuple(tuple(a for a in axes if a not in single) for axes in dims)
@@ -253,12 +255,10 @@ class _Scope:
         self.at_hand: dict[int, list[Layout]] = {}
         for value, layout in zip(region.inputs, inputs, strict=True):
             self.at_hand[value.id] = [layout]
-        for value in region.consts:
-            self.at_hand[value.id] = [_whole(value)]
+        self.at_hand |= {value.id: [_whole(value)] for value in region.consts}
 
     def layouts(self, value: Value) -> list[Layout]:
-        found = self.at_hand.get(value.id)
-        return found if found is not None else [_whole(value)]
+        return self.at_hand.get(value.id) or [_whole(value)]
 
     def tensor(self, value: Value) -> Tensor:
         readers = self.planner.readers(value) if self.planner.uses[value.id] > 1 else ()

@@ -41,6 +41,7 @@ LAYERS = (
     ("spmd.partition.*", "spmd.parallel.*"),
     ("spmd.estimate.*", "spmd.boundary", "spmd.annotations"),
     ("spmd.target",),
+    ("spmd.planning",),
     ("spmd.pipeline.*",),
     ("spmd.plan.*", "spmd.reporting.*", "spmd.runtime.*"),
     ("spmd.explaining.*",),

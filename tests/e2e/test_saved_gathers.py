@@ -1,0 +1,125 @@
+"""`memory_limit`: weights that loops over layers gather twice are gathered once, where they fit."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import spmd
+from sharding.errors import ArgumentError, SpmdError
+from tests.oracle import check, kinds, make_mesh
+
+LAYERS, WIDTH, BATCH, DEVICES = 4, 32, 256, 4
+STACK = LAYERS * WIDTH * WIDTH * 4  # bytes of one kind of weights, whole
+GATHERED = STACK * (DEVICES - 1) / DEVICES  # what each device sends for one, by the ring model
+SPECS = (({"a": P(None, "fsdp"), "b": P(None, None, "fsdp")}, P("fsdp")), (P(), {
+    "a": P(None, "fsdp"), "b": P(None, None, "fsdp")}))  # fmt: skip
+PLENTY = 1 << 40
+
+
+def arr(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32) / 4
+
+
+def mesh() -> Any:
+    return make_mesh(fsdp=DEVICES)
+
+
+def layer(x: Any, w: Any) -> tuple[Any, None]:
+    return x + jnp.tanh(jnp.tanh(x @ w["a"]) @ w["b"]), None
+
+
+def step(w: Any, x: Any) -> Any:
+    def loss(w: Any) -> Any:
+        return jnp.mean(jax.lax.scan(jax.checkpoint(layer), x, w)[0] ** 2)
+
+    value, grad = jax.value_and_grad(loss)(w)
+    return value, jax.tree.map(lambda p, g: p - 0.1 * g, w, grad)
+
+
+ARGS = ({"a": arr(LAYERS, WIDTH, WIDTH), "b": arr(LAYERS, WIDTH, WIDTH) + 0.1}, arr(BATCH, WIDTH))
+
+
+def planned(limit: int | None, fun: Any = step, **options: Any) -> spmd.Partitioned:
+    ins, outs = SPECS
+    jitted = spmd.jit(fun, mesh=mesh(), in_shardings=ins, out_shardings=outs, memory_limit=limit,
+                      **options)  # fmt: skip
+    return jitted.trace(*ARGS).propagate().partition()
+
+
+def gathered(partitioned: spmd.Partitioned) -> tuple[int, float]:
+    return kinds(partitioned)["all_gather", ("fsdp",)]
+
+
+@pytest.mark.parametrize("limit, count, stacks", [(None, 4 * LAYERS, 4), (PLENTY, 2, 2)])
+def test_a_stack_is_gathered_once_for_both_ways(
+    limit: int | None, count: int, stacks: int
+) -> None:
+    ins, outs = SPECS
+    found = check(step, ARGS, mesh(), ins, outs, memory_limit=limit)
+    assert gathered(found) == (count, stacks * GATHERED)
+
+
+def test_as_much_as_fits() -> None:
+    """One of two stacks of the same size, where the limit is below what both take."""
+    most = planned(PLENTY).peak_memory
+    assert gathered(planned(most)) == (2, 2 * GATHERED)
+    one = planned(most - 1)
+    assert gathered(one) == (1 + 2 * LAYERS, 3 * GATHERED)
+    assert planned(None).peak_memory < one.peak_memory < most
+    assert gathered(planned(one.peak_memory - 1)) == (4 * LAYERS, 4 * GATHERED)
+    ins, outs = SPECS
+    check(step, ARGS, mesh(), ins, outs, memory_limit=one.peak_memory)
+
+
+def test_the_pass_can_be_switched_off() -> None:
+    off = planned(PLENTY, disable_passes=["saved_gathers"])
+    assert gathered(off) == (4 * LAYERS, 4 * GATHERED)
+
+
+def test_what_is_gathered_once_already_stays() -> None:
+    """A forward pass alone: gathering the stack before it sends the same, and holds more."""
+    forward = lambda w, x: jax.lax.scan(layer, x, w)[0]  # noqa: E731
+    jitted = spmd.jit(forward, mesh=mesh(), in_shardings=SPECS[0], memory_limit=PLENTY)
+    assert gathered(jitted.trace(*ARGS).propagate().partition()) == (2 * LAYERS, 2 * GATHERED)
+
+
+def test_two_loops_that_read_a_stack_in_other_orders() -> None:
+    def twice(w: Any, x: Any) -> Any:
+        x = jax.lax.scan(layer, x, w)[0]
+        return jax.lax.scan(layer, x, w, reverse=True)[0].sum(), w
+
+    ins, outs = SPECS
+    found = check(twice, ARGS, mesh(), ins, outs, memory_limit=PLENTY)
+    assert gathered(found) == (2, 2 * GATHERED)
+
+
+def test_a_program_that_does_not_fit_says_so() -> None:
+    peak = planned(None).peak_memory
+    (found,) = (d for d in planned(1000).diagnostics if d.kind == "over limit")
+    assert str(found) == (
+        f"over limit: the program: its predicted peak is {peak:,} B per device, {peak - 1000:,} B"
+        " more than memory_limit=1,000; shard more of what `spmd.report` lists as largest, or"
+        " recompute it with jax.checkpoint"
+    )
+    assert not [d for d in planned(peak).diagnostics if d.kind == "over limit"]
+
+
+def test_strict_refuses_a_program_that_does_not_fit() -> None:
+    wide = ({"a": arr(2, 1024, 1024), "b": arr(2, 1024, 1024)}, arr(16, 1024))
+    jitted = spmd.jit(step, mesh=mesh(), in_shardings=SPECS[0], memory_limit=1000, strict=True)
+    with pytest.raises(SpmdError, match="more than memory_limit=1,000"):
+        jitted.trace(*wide).propagate().partition()
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.5, True, "16GiB"])
+def test_limits_that_are_none(limit: Any) -> None:
+    with pytest.raises(ArgumentError) as error:
+        spmd.jit(step, mesh=mesh(), memory_limit=limit)
+    assert str(error.value) == (
+        f"memory_limit={limit!r}\n  why: it is the number of bytes that a device has for the"
+        " program\n  fix: pass a positive int, such as 16 * 2**30, or None"
+    )
