@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import spmd
 from sharding.errors import ArgumentError, SpmdError
+from spmd.partition.saved import gathers
 from tests.oracle import check, kinds, make_mesh
 
 LAYERS, WIDTH, BATCH, DEVICES = 4, 32, 256, 4
@@ -123,3 +124,18 @@ def test_limits_that_are_none(limit: Any) -> None:
         f"memory_limit={limit!r}\n  why: it is the number of bytes that a device has for the"
         " program\n  fix: pass a positive int, such as 16 * 2**30, or None"
     )
+
+
+def test_what_is_found_and_what_it_is_worth() -> None:
+    """Stacks of slices, not what every step sees whole; each saves one of two gathers."""
+    found = {g.value.name: (g.saved, g.held) for g in gathers(planned(None).plan)}
+    assert found == {"w['a']": (GATHERED, STACK), "w['b']": (GATHERED, STACK)}
+
+    def same_weights(w: Any, x: Any) -> Any:
+        one = jax.tree.map(lambda x: x[0], w)
+        for _ in range(2):
+            x = jax.lax.scan(lambda x, _: layer(x, one), x, None, length=2)[0]
+        return x, w
+
+    out = spmd.jit(same_weights, mesh=mesh(), in_shardings=SPECS[0])
+    assert not list(gathers(out.trace(*ARGS).propagate().partition().plan))
