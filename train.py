@@ -26,6 +26,7 @@ from sharding.mesh import MeshShape
 from spmd.ahead.compile import aot_partitioned
 from spmd.ahead.libtpu import described_mesh
 from spmd.hardware import Machine
+from spmd.mesh_text import mesh_text, read_across
 from spmd.runtime import end, processes
 from spmd.runtime.hybrid import count_nodes, make_mesh
 from spmd.simulate import accelerators
@@ -41,7 +42,6 @@ from training.folders import with_folder
 from training.goodput import Goodput
 from training.loop import Loop
 from training.memory import check_memory
-from training.mesh_text import mesh_text, read_across
 from training.program import Plan, plan
 from training.report import print_config, print_plan
 from training.sample import sample

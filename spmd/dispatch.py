@@ -24,6 +24,7 @@ from sharding.errors import (
     Problem,
     did_you_mean,
 )
+from sharding.mesh import MeshShape
 from spmd import refs, stages, tracing
 from spmd.arguments import Arguments, check_buffers, check_hashable, flatten, suspicious
 from spmd.call import call_of
@@ -106,6 +107,7 @@ def jit(
         tuple(in_shardings) if isinstance(in_shardings, list) else in_shardings, out_shardings,
         *donated_and_static, keep_unused, fallback, on_gather,
         tuple((compiler_options or {}).items()), bool(strict), tuple(sorted(disable_passes)),
+        mesh.across if isinstance(mesh, MeshShape) else (),
     )  # fmt: skip
     return Function(_referable(fun), options)
 

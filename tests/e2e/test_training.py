@@ -70,8 +70,8 @@ def test_only_the_rows_of_a_device_are_read_and_each_once(tmp_path):
             return super().take(starts, length)
 
     np.arange(500, dtype=np.uint16).tofile(tmp_path / "a.bin")
-    config = DataConfig(data=str(tmp_path), pattern="*", token_dtype="uint16", vocab_size=500)
-    tokens, taken = load_corpus(config).train, []
+    files = {"data": str(tmp_path / "a.bin"), "token_dtype": "uint16", "vocab_size": 500}
+    tokens, taken = load_corpus(DataConfig(**files, sequence=16)).train, []
     batch = batch_at(Counted(**vars(tokens)), 0, 3, 8, 16)
     mesh = jax.make_mesh((4, 2), ("data", "tensor"))
     put = Plan.put(SimpleNamespace(batch_sharding=NamedSharding(mesh, P("data"))), batch)

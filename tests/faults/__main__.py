@@ -152,7 +152,8 @@ def _resumes(folder: Path, start: int, count: int) -> Iterator[dict[str, Any]]:
 
 
 def _cases(folder: Path, names: list[str]) -> Iterator[dict[str, Any]]:
-    from tests.faults.matrix import CASES, Skip
+    from tests.faults.matrix import CASES
+    from tests.faults.runs import Skip
 
     for name in names:
         try:
