@@ -62,14 +62,15 @@ def main(argv: list[str]) -> int:
         run, mesh_sizes = configure(argv)
         console.quiet = not processes.is_primary()
         if run.mesh.aot:
-            return compile_ahead(console, run, mesh_sizes)
-        corpus = load_corpus(run.data)
-        print_config(console, run, corpus)
-        kept = run.checkpoint
-        checkpoints = Checkpoints(Path(kept.checkpoint_dir), kept.keep, kept.save_failures)
-        resumed = resume(console, errors, run, corpus, checkpoints)
-        planned = prepare(console, run, mesh_sizes, corpus, resumed)
-        train(console, planned, corpus, checkpoints, resumed)
+            code = compile_ahead(console, run, mesh_sizes)
+        else:
+            corpus = load_corpus(run.data)
+            print_config(console, run, corpus)
+            kept = run.checkpoint
+            checkpoints = Checkpoints(Path(kept.checkpoint_dir), kept.keep, kept.save_failures)
+            resumed = resume(console, errors, run, corpus, checkpoints)
+            planned = prepare(console, run, mesh_sizes, corpus, resumed)
+            train(console, planned, corpus, checkpoints, resumed)
     except SpmdError as error:
         code = getattr(error, "exit_code", 1)
         if isinstance(error, DivergedError) and checkpoints is not None:

@@ -35,6 +35,16 @@ class Profile:
             if kind is None:
                 raise
 
+    def missed(self, done: int) -> str:
+        """What to say where there will be no trace because step `done` is behind the run already;
+        else ""."""
+        if self.first is None or self.first > done:
+            return ""
+        return (
+            f"no trace is written: --profile {self.first}:{self.last} begins before step"
+            f" {done + 1}, the first one of this process"
+        )
+
     def start(self) -> None:
         """Starts the trace."""
         jax.profiler.start_trace(str(self.folder))

@@ -1,6 +1,7 @@
 """Saves that fail, that are slow, and what is kept."""
 
 import json
+import resource
 import shutil
 import subprocess
 import time
@@ -58,6 +59,31 @@ def test_the_newest_steps_are_kept_and_nothing_else_is_left(checkpoints):
     assert steps_in(checkpoints.folder) == [3, 4, 5]
     left = [*(checkpoints.folder / "trash").iterdir(), *(checkpoints.folder / "saving").iterdir()]
     assert left == []
+    checkpoints.close()
+    assert {path.name for path in checkpoints.folder.iterdir()} == {"3", "4", "5", "lock"}
+
+
+def test_the_folders_of_another_run_are_left_alone(checkpoints):
+    (checkpoints.folder / "saving").mkdir()
+    Checkpoints(checkpoints.folder, keep=3).close()
+    assert (checkpoints.folder / "saving").is_dir()
+
+
+def test_a_limit_on_the_size_of_files_is_named_and_ends_nothing(checkpoints, capfd):
+    """The signal would end the process, if Python did not ignore it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        save(checkpoints, 3, columns=2000)  # 1 MB
+        problem = polled(checkpoints)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert problem is not None and problem.what.startswith("step 3 was not saved in")
+    assert problem.why.startswith(f"File too large: {checkpoints.folder}/saving/3/state.")
+    assert problem.fix.startswith("raise the limit on files, ulimit -f; the next checkpoint is")
+    save(checkpoints, 4)
+    assert (checkpoints.finish(), steps_in(checkpoints.folder)) == (None, [1, 2, 4])
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_step_that_is_there_is_not_written_again(checkpoints):
