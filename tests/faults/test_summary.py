@@ -24,11 +24,11 @@ def test_a_part_that_is_left_out_keeps_its_last_result(tmp_path, monkeypatch):
     assert json.loads(summary.read_text())["matrix"]["trials"] == 3
 
 
-def test_rows_that_were_done_are_not_done_again(tmp_path):
+def test_rows_that_were_done_are_not_done_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(long_form, "_cases", lambda folder, names: names)
     results = long_form.Results(tmp_path / "results.jsonl")
     results.add("matrix", {"kind": "17: slow disk (skipped: there is no C compiler)", "faults": []})
     options = long_form._options(["--cases", "17,18"])
     *_, (name, count, trials) = long_form._parts(options, results)
     assert (name, count) == ("matrix", 2)
-    [left] = [c.cell_contents for c in trials.__closure__ if isinstance(c.cell_contents, list)]
-    assert left == ["18: one batch that is not finite"]
+    assert trials(1) == ["18: one batch that is not finite"]

@@ -111,13 +111,19 @@ def test_meshes_are_read_and_all_problems_told():
     )
 
 
-@pytest.mark.parametrize("mesh", ["data=2@dcn,tensor=4", "data=2@dcn,tensor=4@dcn"])
-def test_axes_between_slices_need_a_machine_with_as_many(mesh, capsys):
-    assert main(aot(mesh=mesh, topology="v5e:2x4")) == 2
-    product = "data=2 = 2" if mesh.count("@") == 1 else "data=2 x tensor=4 = 8"
+@pytest.mark.parametrize(
+    ("mesh", "machine", "product", "slices"),
+    [
+        ("data=2@dcn,tensor=4", "v5e:2x4", "data=2 = 2", 1),
+        ("data=2@dcn,tensor=2@dcn", "v5e:2x1*2", "data=2 x tensor=2 = 4", 2),
+    ],
+)
+def test_axes_between_slices_need_a_machine_with_as_many(mesh, machine, product, slices, capsys):
+    assert main(aot(mesh=mesh, topology=machine)) == 2
     assert capsys.readouterr().err == (
-        f"error: mesh {mesh.replace(',', ', ')} on v5e:2x4\n"
-        f"  why: its axes cross the network between {product} slices or nodes, and v5e:2x4 has 1\n"
+        f"error: mesh {mesh.replace(',', ', ')} on {machine}\n"
+        f"  why: its axes cross the network between {product} slices or nodes, and {machine} has"
+        f" {slices}\n"
         "  fix: name a machine with as many, e.g. v5e:2x2*2 or h100:2x4\n"
     )
 

@@ -132,6 +132,8 @@ def test_a_plan_spares_the_network(two_nodes, monkeypatch):
 def test_a_mesh_without_devices_may_say_which_axes_cross(monkeypatch):
     inside, across = matmul(MeshShape(HYBRID.axes)), matmul(HYBRID)
     assert str(inside) == str(matmul(dict(HYBRID.axes))) != str(across)
+    options = [stage.propagated.traced.options for stage in (inside, across)]
+    assert options[0] != options[1] and options[0].mesh is options[1].mesh
     monkeypatch.setenv("SPMD_NODES", "2")
     assert str(across) == str(matmul(make_mesh({"data": 2, "fsdp": 4}, {"data": 2})))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
+from asyncio import base_events
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ def hide_orphaned_writes() -> None:
         orphaned = (
             isinstance(found.exc_value, RuntimeError)
             and trace is not None
-            and trace.tb_frame.f_code is asyncio.BaseEventLoop._check_closed.__code__
+            and trace.tb_frame.f_code.co_filename == base_events.__file__
         )
         if not orphaned:
             before(found)
