@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import struct
@@ -22,6 +23,14 @@ _FILE_BYTES = 256 * 1024  # metrics and log are smaller, the arrays of a step la
 _LARGER = "--embed-dim 128 --mlp-dim 256"
 
 
+def _saving(folder: Path) -> list[str]:
+    """Steps that are being written."""
+    try:
+        return os.listdir(folder / "saving")
+    except FileNotFoundError:
+        return []
+
+
 def slow_disk(scratch: Path) -> list[str]:
     """17: a save takes longer than the steps between two: it is waited for and told, saves do not
     queue up, and none is left out."""
@@ -30,7 +39,7 @@ def slow_disk(scratch: Path) -> list[str]:
     run = Run(scratch, folder.name, "--steps 6 --checkpoint-every 1 --keep 9", system=system)
     queued = 0
     while run.process.poll() is None:
-        queued = max(queued, len(list((folder / "saving").glob("*"))))
+        queued = max(queued, len(_saving(folder)))
         time.sleep(0.02)
     run.end()
     wrong = [] if queued == 1 else [f"{queued} saves at once"]
@@ -83,10 +92,9 @@ def clock_jumps(scratch: Path) -> list[str]:
     options = f"{LONG} --checkpoint-every 25 --save-failures 100000 --step-timeout 60"
     system = {"CLOCK_OFFSET": str(offset)}
     run = Run(scratch, folder.name, options, system=system).reached(1)
-    saving = folder / "saving"
     with offset.open("r+b", buffering=0) as file:
         for day in [1, 0, -1, 0, 365, -365, 2, 1, 0] * 4:
-            run.until(lambda: not any(saving.glob("*")), "no save")
+            run.until(lambda: not _saving(folder), "no save")
             file.seek(0)
             file.write(struct.pack("q", day * _DAY_S * 10**9))
             step = max(runs.losses(folder))
@@ -103,7 +111,7 @@ def clock_jumps(scratch: Path) -> list[str]:
     wrong = [] if max(away) > 300 * _DAY_S else ["the clock did not jump: nothing was tested"]
     for line in lines:
         spent = sum(line["seconds"].values())
-        if min(line["seconds"].values()) < 0 or spent > took or line["step_seconds"] > took:
+        if spent > took or line["step_seconds"] > took or line is lines[-1] and spent < took / 3:
             wrong.append(f"step {line['step']}: {spent:.0f} s of {took:.0f} s: {line['seconds']}")
             break
     return wrong + broken(folder) + goes_on(scratch, folder.name)

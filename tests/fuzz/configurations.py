@@ -11,12 +11,14 @@ from unittest import mock
 import train
 from spmd.mesh_text import read_across
 from spmd.runtime.hybrid import make_mesh
+from tests.fuzz import watch
 from training import hosts
 from training.config import RunConfig, owners
 from training.program import plan
 from training.state import make_optimizer
 
 _FEW_LAYERS = 4
+_PLAN_S = 60
 _DEFAULTS = RunConfig()
 _KEYS = list(owners(_DEFAULTS))
 _INTEGERS = (0, 1, 2, 3, 4, 7, 8, 16, 64, 255, 4096, -1, -8, 2**31 - 1, 2**31, 2**32, 2**63, 10**30)
@@ -61,7 +63,8 @@ def run(seed: int, folder: Path) -> tuple[str, ...]:
         # Layers one by one are as many programs, whose plan may take any time.
         alike = run.model.scan_layers or run.model.num_layers <= _FEW_LAYERS
         if alike and not run.mesh.aot:
-            plan(run, make_mesh(sizes, read_across(run.mesh.mesh, sizes)))
+            with watch.limited(_PLAN_S):
+                plan(run, make_mesh(sizes, read_across(run.mesh.mesh, sizes)))
     return tuple(argv)
 
 
