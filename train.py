@@ -26,6 +26,7 @@ from sharding.mesh import MeshShape
 from spmd.ahead.compile import aot_partitioned
 from spmd.ahead.libtpu import described_mesh
 from spmd.hardware import Machine
+from spmd.mesh_text import mesh_text, read_across
 from spmd.runtime import end, processes
 from spmd.runtime.hybrid import count_nodes, make_mesh
 from spmd.simulate import accelerators
@@ -41,7 +42,6 @@ from training.folders import with_folder
 from training.goodput import Goodput
 from training.loop import Loop
 from training.memory import check_memory
-from training.mesh_text import mesh_text, read_across
 from training.program import Plan, plan
 from training.report import print_config, print_plan
 from training.sample import sample
@@ -62,14 +62,15 @@ def main(argv: list[str]) -> int:
         run, mesh_sizes = configure(argv)
         console.quiet = not processes.is_primary()
         if run.mesh.aot:
-            return compile_ahead(console, run, mesh_sizes)
-        corpus = load_corpus(run.data)
-        print_config(console, run, corpus)
-        kept = run.checkpoint
-        checkpoints = Checkpoints(Path(kept.checkpoint_dir), kept.keep, kept.save_failures)
-        resumed = resume(console, errors, run, corpus, checkpoints)
-        planned = prepare(console, run, mesh_sizes, corpus, resumed)
-        train(console, planned, corpus, checkpoints, resumed)
+            code = compile_ahead(console, run, mesh_sizes)
+        else:
+            corpus = load_corpus(run.data)
+            print_config(console, run, corpus)
+            kept = run.checkpoint
+            checkpoints = Checkpoints(Path(kept.checkpoint_dir), kept.keep, kept.save_failures)
+            resumed = resume(console, errors, run, corpus, checkpoints)
+            planned = prepare(console, run, mesh_sizes, corpus, resumed)
+            train(console, planned, corpus, checkpoints, resumed)
     except SpmdError as error:
         code = getattr(error, "exit_code", 1)
         if isinstance(error, DivergedError) and checkpoints is not None:

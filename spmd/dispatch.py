@@ -24,6 +24,7 @@ from sharding.errors import (
     Problem,
     did_you_mean,
 )
+from sharding.mesh import MeshShape
 from spmd import refs, stages, tracing
 from spmd.arguments import Arguments, check_buffers, check_hashable, flatten, suspicious
 from spmd.call import call_of
@@ -112,6 +113,7 @@ def jit(
         *donated_and_static, keep_unused, fallback, on_gather,
         tuple((compiler_options or {}).items()), bool(strict), tuple(sorted(disable_passes)),
         memory_limit,
+        mesh.across if isinstance(mesh, MeshShape) else (),
     )  # fmt: skip
     return Function(_referable(fun), options)
 

@@ -34,7 +34,7 @@ from sharding.mesh import MeshShape, split_ref
 from spmd.chips import ALIASES, CHIPS, Chip
 from spmd.topology import AxisLayout, Dims, axis_layout, collective_time, payload
 
-__all__ = ["CHIPS", "AxisLayout", "Chip", "Machine", "MachineLayout"]
+__all__ = ["CHIPS", "AxisLayout", "Chip", "Machine", "MachineLayout", "wrong_slices"]
 
 _TEXT = re.compile(r"(?P<chip>[\w.-]+):(?P<sizes>\d+(?:x\d+)*)(?:\*(?P<slices>\d+))?")
 _EXAMPLES = "write it like v5p:4x4x4, v3:32x32, v5e:16x16*2, h100:8, h100:4x8 or cpu:8"
@@ -213,7 +213,7 @@ def _lay(machine: Machine, mesh: MeshShape) -> MachineLayout:
     # Several axes may cross the same network, in a mesh whose devices are in no regular order.
     alone, counts = len(mesh.across) == 1, [n for _, n in mesh.across]
     if counts and prod(counts) != machine.slices and (alone or max(counts) > machine.slices):
-        raise MeshError(_wrong_slices(machine, mesh))
+        raise MeshError(wrong_slices(machine, mesh))
     sizes = [n for _, n in mesh.axes]
     outer = _outer(machine, mesh)
     inner = [n // o for n, o in zip(sizes, outer, strict=True)]
@@ -244,7 +244,8 @@ def _wrong_size(machine: Machine, mesh: MeshShape) -> Problem:
     )
 
 
-def _wrong_slices(machine: Machine, mesh: MeshShape) -> Problem:
+def wrong_slices(machine: Machine, mesh: MeshShape) -> Problem:
+    """What is wrong with a mesh whose axes cross another number of slices or nodes."""
     axes = " x ".join(f"{name}={n}" for name, n in mesh.across)
     asked = prod(n for _, n in mesh.across)
     return Problem(

@@ -1,6 +1,6 @@
 """What `spmd.jit` was told, as one frozen value."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,11 @@ PASSES = (
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """What `spmd.jit` was told. Hashable, so that it can be part of a cache key."""
+    """What `spmd.jit` was told. Hashable, so that it can be part of a cache key.
+
+    Attributes:
+      across: of a mesh without devices, the axes between slices or nodes, as `MeshShape` has them.
+    """
 
     mesh: Any
     axis_rules: AxisRules = ()
@@ -37,6 +41,7 @@ class Options:
     strict: bool = False
     disable_passes: tuple[str, ...] = ()
     memory_limit: int | None = None
+    across: tuple[tuple[str, int], ...] = ()
 
     def on(self, name: str) -> bool:
         """Whether one of `PASSES` is on."""
@@ -44,7 +49,8 @@ class Options:
 
     @property
     def mesh_shape(self) -> MeshShape:
-        return MeshShape.of(self.mesh)
+        found = MeshShape.of(self.mesh)
+        return replace(found, across=self.across) if self.across else found
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
@@ -52,7 +58,7 @@ class Options:
             self.mesh, self.axis_rules, _flat(self.in_shardings), _flat(self.out_shardings),
             self.donate_argnums, self.donate_argnames, self.static_argnums, self.static_argnames,
             self.keep_unused, self.fallback, self.on_gather, self.compiler_options,
-            self.strict, self.disable_passes, self.memory_limit,
+            self.strict, self.disable_passes, self.memory_limit, self.across,
         )  # fmt: skip
 
     @cached_property

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from training.token_files import Tokens, open_tokens, sidecar
 from training.tokenizer import Bytes, Tokenizer, load_tokenizer
 
 __all__ = [
+    "Batch",
     "Corpus",
     "batch_at",
     "load_corpus",
@@ -56,6 +58,39 @@ class Corpus:
     fingerprint: str
     tokenizer: Tokenizer | None = Bytes()
     unit: str = "bytes"
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Examples that are read when they are asked for: int32 [len(starts), length].
+
+    Like an array it has a `shape` and parts, `batch[2:4, :]`, and only what is asked for is read.
+
+    Attributes:
+      text: of which each example is a piece.
+      starts: of the pieces, in tokens.
+      length: of each.
+    """
+
+    text: np.ndarray | Tokens
+    starts: np.ndarray
+    length: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.starts), self.length
+
+    def __getitem__(self, part: tuple[slice, slice]) -> np.ndarray:
+        """Raises DataError, see `Tokens.take`."""
+        rows, columns = part
+        first, end, _ = columns.indices(self.length)
+        starts = self.starts[rows] + first
+        if isinstance(self.text, Tokens):
+            return self.text.take(starts, end - first)
+        return self.text[starts[:, None] + np.arange(end - first)].astype(np.int32)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:, :], dtype)
 
 
 def vocabulary(config: DataConfig) -> int:
@@ -114,24 +149,20 @@ def load_corpus(config: DataConfig) -> Corpus:
 
 def batch_at(
     text: np.ndarray | Tokens, seed: int, step: int, batch: int, sequence: int
-) -> np.ndarray:
-    """The examples of one step: int32 [batch, sequence + 1], each a random piece of `text`.
-
-    Raises:
-      DataError: see `Tokens.take`.
-    """
+) -> Batch:
+    """The examples of one step, [batch, sequence + 1], each a random piece of `text`."""
     generator = np.random.Generator(np.random.Philox(key=[seed, step]))
     starts = generator.integers(0, len(text) - sequence, size=batch)
-    return _take(text, starts, sequence + 1)
+    return Batch(text, starts, sequence + 1)
 
 
 def validation_batches(
     text: np.ndarray | Tokens, count: int, batch: int, sequence: int
-) -> Iterator[np.ndarray]:
+) -> Iterator[Batch]:
     """`count` batches like those of `batch_at`, the same ones each time, evenly over `text`."""
     starts = np.linspace(0, len(text) - sequence - 1, count * batch).astype(np.int64)
     for part in starts.reshape(count, batch):
-        yield _take(text, part, sequence + 1)
+        yield Batch(text, part, sequence + 1)
 
 
 def unigram_entropy(text: np.ndarray | Tokens) -> float:
@@ -142,12 +173,6 @@ def unigram_entropy(text: np.ndarray | Tokens) -> float:
     shares = np.bincount(first.reshape(-1)) / count
     shares = shares[shares > 0]
     return float(-(shares * np.log(shares)).sum())
-
-
-def _take(text: np.ndarray | Tokens, starts: np.ndarray, length: int) -> np.ndarray:
-    if isinstance(text, Tokens):
-        return text.take(starts, length)
-    return text[starts[:, None] + np.arange(length)].astype(np.int32)
 
 
 def _load_tokens(files: Files, config: DataConfig) -> Corpus:

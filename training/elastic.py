@@ -15,11 +15,11 @@ from models.shardings import rules_for, shards
 from sharding.errors import MeshError, Problem
 from spmd import chips
 from spmd.hardware import Machine
+from spmd.mesh_text import mesh_text, read_across
 from spmd.reporting import units
 from training.checkpoint.store import newest_about
 from training.config import RunConfig
 from training.folders import name_problem, with_folder
-from training.mesh_text import mesh_text, read_across
 from training.program import Plan
 from training.validate import validate
 

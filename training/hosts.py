@@ -17,6 +17,7 @@ import sharding
 import spmd
 from sharding.errors import Problem
 from spmd.golden import without_sources
+from spmd.mesh_text import read_across
 from spmd.runtime import processes
 from spmd.runtime.cluster import Asked, ClusterError, find_cluster
 from spmd.runtime.start import Limits, start
@@ -24,7 +25,7 @@ from spmd.simulate import accelerators, simulate
 from training.config import ProcessConfig, RunConfig
 from training.data import Corpus
 from training.errors import ConfigError
-from training.mesh_text import read_across, read_mesh
+from training.mesh_text import read_mesh
 from training.program import Plan
 from training.validate import MOST_DEVICES
 

@@ -217,6 +217,8 @@ class Loop:
         with contextlib.ExitStack() as stack:
             self._watch = stack.enter_context(Watch())
             self._profile = stack.enter_context(Profile(run.log.profile, folder / "profile"))
+            if missed := self._profile.missed(start):
+                self.console.print(missed, style="yellow", highlight=False, soft_wrap=True)
             try:
                 yield
             finally:

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from sharding.errors import Problem
+from training.errors import quoted
 
 __all__ = ["Profile", "check_profile"]
 
@@ -35,6 +36,16 @@ class Profile:
             if kind is None:
                 raise
 
+    def missed(self, done: int) -> str:
+        """What to say where there will be no trace because step `done` is behind the run already;
+        else ""."""
+        if self.first is None or self.first > done:
+            return ""
+        return (
+            f"no trace is written: --profile {self.first}:{self.last} begins before step"
+            f" {done + 1}, the first one of this process"
+        )
+
     def start(self) -> None:
         """Starts the trace."""
         jax.profiler.start_trace(str(self.folder))
@@ -52,7 +63,7 @@ def check_profile(text: str, steps: int) -> list[Problem]:
     fix = "write the first and the last step, for instance --profile 10:12"
     found = _parse(text)
     if found is None:
-        return [Problem(f"--profile {text}", "it is not of the form first:last", fix)]
+        return [Problem(f"--profile {quoted(text)}", "it is not of the form first:last", fix)]
     first, last = found
     if not 1 <= first <= last <= steps:
         why = f"the steps of the run are 1 to {steps}, and the first comes before the last"

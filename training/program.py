@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 import spmd
 from models.shardings import Rules, rules_for
 from training.config import RunConfig
+from training.data import Batch
 from training.state import TrainState, evaluate, init_state, train_step
 
 __all__ = ["Plan", "plan"]
@@ -71,15 +72,24 @@ class Plan:
             self.state_shardings,
         )
 
-    def put(self, batch: np.ndarray) -> jax.Array:
+    def put(self, batch: Batch | np.ndarray) -> jax.Array:
         """A batch on the devices that read it.
 
         Args:
-          batch: the whole of it, in every process; each puts its part on its own devices.
+          batch: the same in every process. Of a `Batch` each reads the rows of its own devices.
+
+        Raises:
+          DataError: see `training.token_files.Tokens.take`.
         """
-        return jax.make_array_from_callback(
-            batch.shape, self.batch_sharding, lambda index: batch[index]
-        )
+        read: dict[tuple, np.ndarray] = {}  # several devices may hold the same rows
+
+        def part(index: Any) -> np.ndarray:
+            key = tuple((one.start, one.stop) for one in index)
+            if key not in read:
+                read[key] = batch[index]
+            return read[key]
+
+        return jax.make_array_from_callback(batch.shape, self.batch_sharding, part)
 
     def jit(self, function: Callable, **options: Any) -> Any:
         """`spmd.jit` with this plan's mesh and rules."""

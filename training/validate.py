@@ -21,11 +21,12 @@ from models.shardings import (
 )
 from models.transformer import TransformerConfig
 from sharding.errors import Problem, did_you_mean
+from spmd.mesh_text import read_across
 from training.config import CheckpointConfig, LogConfig, MeshConfig, RunConfig
 from training.errors import quoted
 from training.files import nearest
 from training.folders import name_problem
-from training.mesh_text import AXES, across_problem, read_across, read_mesh
+from training.mesh_text import AXES, across_problem, read_mesh
 from training.metrics import NO_TENSORBOARD, has_tensorboard
 from training.profiling import check_profile
 

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from spmd.cli import program
-from spmd.cli.load import read_mesh
+from spmd.cli.load import check_fit, read_mesh
 from spmd.cli.write import check_writable
 
 NAME = "aot"
@@ -33,7 +33,7 @@ def run(given: argparse.Namespace) -> int:
     from spmd.hardware import Machine
 
     mesh, machine = read_mesh(given.mesh), Machine.parse(given.topology)
-    machine.lay(mesh)  # says what is wrong with the mesh before anything is imported or compiled
+    check_fit(mesh, machine)
     check_writable("--json", given.json)
     asked = program.read(given)
     found = with_progress(

@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
-import re
 import sys
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from sharding.errors import Problem, SpmdError, did_you_mean
+from sharding.errors import MeshError, Problem, SpmdError, did_you_mean
+from sharding.mesh import MeshShape
+from spmd.hardware import Machine, wrong_slices
+from spmd.mesh_text import parse_mesh, read_across
 
-__all__ = ["UsageError", "call", "load", "read_arguments", "read_mesh"]
+__all__ = ["UsageError", "call", "check_fit", "load", "read_arguments", "read_mesh"]
 
 
 class UsageError(SpmdError):
@@ -112,24 +115,20 @@ def read_arguments(option: str, text: str) -> tuple[tuple, dict[str, Any]]:
     return found, {}
 
 
-def read_mesh(text: str) -> dict[str, int]:
-    """`data=16,tensor=4` as sizes by name.
+def read_mesh(text: str) -> MeshShape:
+    """`data=16,tensor=4`; `data=2@dcn,tensor=4` has `data` between slices or nodes.
 
     Raises:
       UsageError: all that is wrong with it.
     """
-    mesh: dict[str, int] = {}
-    problems = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*=\s*(\d{1,9})\s*", part)
-        if match is None or int(match[2]) == 0:
-            why = f"{part!r} is not of the form axis=size, with a size of 1 or more"
-            problems.append(Problem(f"--mesh {text}", why, "write it like data=16,tensor=4"))
-        elif match[1] in mesh:
-            why = f"axis {match[1]!r} is given twice"
-            problems.append(Problem(f"--mesh {text}", why, "give it one size"))
-        else:
-            mesh[match[1]] = int(match[2])
+    mesh, problems = parse_mesh(text, f"--mesh {text}")
     if problems:
         raise UsageError(*problems)
-    return mesh
+    return MeshShape(tuple(mesh.items()), across=tuple(read_across(text, mesh).items()))
+
+
+def check_fit(mesh: MeshShape, machine: Machine) -> None:
+    """Raises MeshError where the mesh cannot lie on the machine, before anything is imported."""
+    machine.lay(mesh)
+    if mesh.across and prod(size for _, size in mesh.across) != machine.slices:
+        raise MeshError(wrong_slices(machine, mesh))

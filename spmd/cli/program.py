@@ -34,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--args", required=True, metavar="MODULE:FUNCTION",
         help="returns the abstract arguments: a tuple, or (args, kwargs)",
     )  # fmt: skip
-    parser.add_argument("--mesh", required=True, metavar="AXES", help="data=2,tensor=4")
+    parser.add_argument(
+        "--mesh", required=True, metavar="AXES",
+        help="data=2,tensor=4; data=2@dcn puts data between slices or nodes",
+    )  # fmt: skip
     parser.add_argument(
         "--options", metavar="MODULE:FUNCTION",
         help="returns a dict of options of spmd.jit: in_shardings, axis_rules, donate_argnums ...",

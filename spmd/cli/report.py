@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from spmd.cli import program
-from spmd.cli.load import read_mesh
+from spmd.cli.load import check_fit, read_mesh
 from spmd.cli.write import check_writable
 
 NAME = "report"
@@ -31,7 +31,7 @@ def run(given: argparse.Namespace) -> int:
     mesh = read_mesh(given.mesh)
     machine = Machine.parse(given.machine) if given.machine else None
     if machine is not None:
-        machine.lay(mesh)  # says what is wrong with the mesh before anything is imported
+        check_fit(mesh, machine)
     check_writable("--html", given.html)
     check_writable("--json", given.json)
     # Through a stage: the function's own arguments may be called anything.

@@ -139,6 +139,8 @@ def _changes(a: Report, b: Report) -> Iterator[Change]:
         yield Change("summary", "utilisation", "share", a.utilisation, b.utilisation)
     yield Change("summary", "peak memory", "bytes", a.memory.peak, b.memory.peak)
     yield Change("summary", "sent", "bytes", a.wire_bytes, b.wire_bytes)
+    if a.across or b.across:
+        yield Change("summary", "sent over dcn", "bytes", a.network_bytes, b.network_bytes)
     yield from _pairs("operations", "FLOP", a.flops._asdict(), b.flops._asdict())
     yield from _pairs("memory", "bytes", a.memory.by_kind, b.memory.by_kind)
     yield from _wire("communication", a, b, collective)

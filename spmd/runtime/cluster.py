@@ -131,16 +131,16 @@ def _complete(asked: Asked) -> bool:
 
 
 def _wrong(asked: Asked) -> list[Problem]:
-    problems, known = [], ("auto", "none", *distributed.engines())
+    problems: list[Problem] = []
+    known = ("auto", "none", *distributed.engines())
     if asked.cluster not in known:
         why = f"JAX knows no such cluster{did_you_mean(asked.cluster, known)}"
-        problems.append(
-            Problem(f"--cluster {asked.cluster}", why, f"the choices are {', '.join(known)}")
-        )
+        what, fix = f"--cluster {_shown(asked.cluster)}", f"the choices are {', '.join(known)}"
+        problems.append(Problem(what, why, fix))
     for flag, text in (("coordinator", asked.coordinator), ("coordinator-bind", asked.bind)):
         if text and not _is_address(text, port_needed=flag == "coordinator"):
             fix = "write it like node0:8476, 10.0.0.1:8476 or [fd00::1]:8476"
-            problems.append(Problem(f"--{flag} {text}", "it is not a host and a port", fix))
+            problems.append(Problem(f"--{flag} {_shown(text)}", "it is not a host and a port", fix))
     if asked.num_processes < 0:
         what = f"--num-processes {asked.num_processes}"
         problems.append(Problem(what, "a run has at least one process", "use 1 or more"))
@@ -149,6 +149,11 @@ def _wrong(asked: Asked) -> list[Problem]:
         why = f"--num-processes {asked.num_processes} are numbered from 0"
         problems.append(Problem(what, why, f"use 0 to {asked.num_processes - 1}"))
     return problems
+
+
+def _shown(text: str) -> str:
+    """What a user wrote, without control characters."""
+    return text if text.isprintable() else repr(text)
 
 
 def _is_address(text: str, port_needed: bool) -> bool:

@@ -11,6 +11,7 @@ import pytest
 from jax.experimental import mesh_utils, topologies
 
 import spmd
+import train
 from sharding.errors import ArgumentError, MeshError
 from spmd.ahead.libtpu import described_mesh
 from spmd.hardware import Machine
@@ -181,6 +182,39 @@ def test_train_compiles_its_step():
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "fits: " in done.stdout and "utilisation" in done.stdout
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_train_ends_with_all_processes_after_compiling_too(monkeypatch, code):
+    ended = []
+    monkeypatch.setattr(train.hosts, "simulate", lambda *_: True)  # it is done
+    monkeypatch.setattr(train.end, "finish", lambda: ended.append("together"))
+    monkeypatch.setattr(train, "compile_ahead", lambda *_: code)
+    assert train.main(["--aot", "v5e:2x4", "--num-kv-heads", "4"]) == code
+    assert ended == ["together"]
+
+
+@pytest.mark.slow
+def test_train_compiles_for_axes_between_slices():
+    command = [
+        sys.executable, "train.py", "--aot", "v5e:2x2*2", "--mesh", "data=2@dcn,fsdp=4",
+        "--parallelism", "data+fsdp", "--num-layers", "1",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "mesh: data=2@dcn, fsdp=4" in done.stdout and "over dcn" in done.stdout
+
+
+def test_train_refuses_axes_between_slices_of_a_topology_with_one(monkeypatch, capsys):
+    monkeypatch.setattr(train.hosts, "simulate", lambda *_: True)  # it is done
+    argv = ["--aot", "v5p:2x2x2", "--mesh", "data=2@dcn,fsdp=4", "--parallelism", "data+fsdp"]
+    assert train.main(argv) == 2
+    assert capsys.readouterr().err == (
+        "error: --mesh data=2@dcn,fsdp=4\n"
+        "  why: data=2@dcn needs devices in 2 slices or nodes, and they are all in one slice or"
+        " node\n"
+        "  fix: leave @dcn out\n"
+    )
 
 
 def test_train_explains_a_topology_that_is_none():

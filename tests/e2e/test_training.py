@@ -9,18 +9,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from training.checkpoint import Checkpoints, identity
 from training.config import DataConfig, RunConfig
 from training.data import batch_at, load_corpus, unigram_entropy, validation_batches
 from training.errors import DataError
+from training.program import Plan
 from training.report import human_bytes
 from training.state import learning_rate
 from training.throughput import flops_per_token
+from training.token_files import Tokens
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -43,12 +48,35 @@ def write_text(folder, files=3, size=4000):
 
 def test_a_batch_is_a_function_of_seed_and_step():
     text = np.arange(200, dtype=np.uint8)
-    first = batch_at(text, 1, 5, 4, 16)
+    first = np.asarray(batch_at(text, 1, 5, 4, 16))
     assert (first.shape, first.dtype) == ((4, 17), np.int32)
     np.testing.assert_array_equal(first, batch_at(text, 1, 5, 4, 16))
     assert not np.array_equal(first, batch_at(text, 1, 6, 4, 16))
     assert not np.array_equal(first, batch_at(text, 2, 5, 4, 16))
     np.testing.assert_array_equal(np.diff(first, axis=1), 1)
+
+
+def test_a_part_of_a_batch_is_that_of_the_whole():
+    batch = batch_at(np.arange(200, dtype=np.uint8), 1, 5, 8, 16)
+    np.testing.assert_array_equal(batch[2:6, 3:], np.asarray(batch)[2:6, 3:])
+
+
+def test_only_the_rows_of_a_device_are_read_and_each_once(tmp_path):
+    """Four devices have two rows each, and four others the same."""
+
+    class Counted(Tokens):
+        def take(self, starts, length):
+            taken.append(len(starts))
+            return super().take(starts, length)
+
+    np.arange(500, dtype=np.uint16).tofile(tmp_path / "a.bin")
+    files = {"data": str(tmp_path / "a.bin"), "token_dtype": "uint16", "vocab_size": 500}
+    tokens, taken = load_corpus(DataConfig(**files, sequence=16)).train, []
+    batch = batch_at(Counted(**vars(tokens)), 0, 3, 8, 16)
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"))
+    put = Plan.put(SimpleNamespace(batch_sharding=NamedSharding(mesh, P("data"))), batch)
+    assert taken == [2, 2, 2, 2]
+    np.testing.assert_array_equal(put, batch_at(tokens, 0, 3, 8, 16))
 
 
 def test_batches_reach_both_ends_of_the_text():

@@ -16,6 +16,7 @@ import random
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -42,17 +43,18 @@ def main(argv: list[str]) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     console = Console()
     with Progress(*columns, TextColumn("{task.fields[found]}"), TimeElapsedColumn()) as progress:
-        for name, count, trials in _parts(options):
+        for name, count, trials in _parts(options, results):
             done = results.of(name)
             task = progress.add_task(name, total=count, completed=len(done), found="")
             for trial in trials(len(done)):
                 results.add(name, trial)
                 progress.update(task, advance=1, found=_found(results.of(name)))
-    summary = _summary(results)
-    text = json.dumps(summary, indent=1)
-    options.summary.write_text(f"{text}\n")
-    console.print_json(text)
-    return int(any(part["faults"] for part in summary["parts"].values()))
+    summary = summarised(results)
+    console.print_json(json.dumps(summary))
+    # Of what was left out the last result stays.
+    kept = json.loads(options.summary.read_text()) if options.summary.exists() else {}
+    options.summary.write_text(json.dumps(kept | summary, indent=1) + "\n")
+    return int(any(part["faults"] for part in summary.values()))
 
 
 class Results:
@@ -68,11 +70,12 @@ class Results:
     def of(self, part: str) -> list[dict[str, Any]]:
         return self._all.setdefault(part, [])
 
-    def names(self) -> list[str]:
-        return list(self._all)
+    def parts(self) -> dict[str, list[dict[str, Any]]]:
+        """Those of which there is a trial."""
+        return {name: entries for name, entries in self._all.items() if entries}
 
     def add(self, part: str, entry: dict[str, Any]) -> None:
-        entry = {"part": part, **entry}
+        entry = {"part": part, "date": time.strftime("%Y-%m-%d"), **entry}
         self._all.setdefault(part, []).append(entry)
         with self._path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
@@ -86,12 +89,12 @@ def _options(argv: list[str]) -> argparse.Namespace:
     add("--resumes", type=int, default=10, help="runs of train.py, each killed twice")
     add("--cases", default="", help="only these rows of the matrix, e.g. 12,22; none: leave out")
     add("--folder", type=Path, default=Path("runs/faults"), help="what was done; resumed from")
-    add("--summary", type=Path, default=Path("runs/faults/summary.json"))
+    add("--summary", type=Path, default=Path("runs/faults/summary.json"), help="written, by part")
     add("--fresh", action="store_true", help="do not go on from what was done")
     return parser.parse_args(argv)
 
 
-def _parts(options: argparse.Namespace) -> Iterator[tuple[str, int, Callable]]:
+def _parts(options: argparse.Namespace, results: Results) -> Iterator[tuple[str, int, Callable]]:
     """(name, number of trials, those after the first n)."""
     folder = options.folder.absolute()
     yield "corruptions", options.corruptions, lambda n: _corruptions(folder, n, options.corruptions)
@@ -106,7 +109,9 @@ def _parts(options: argparse.Namespace) -> Iterator[tuple[str, int, Callable]]:
             for name in CASES
             if not rows or set(rows) & set(name.split(":")[0].replace(" ", "").split(","))
         ]
-        yield "matrix", len(names), lambda n: _cases(folder, names[n:])
+        done = [entry["kind"].partition(" (skipped")[0] for entry in results.of("matrix")]
+        left = [name for name in names if name not in done]
+        yield "matrix", len(done) + len(left), lambda _: _cases(folder, left)
 
 
 def _corruptions(folder: Path, start: int, count: int) -> Iterator[dict[str, Any]]:
@@ -152,7 +157,8 @@ def _resumes(folder: Path, start: int, count: int) -> Iterator[dict[str, Any]]:
 
 
 def _cases(folder: Path, names: list[str]) -> Iterator[dict[str, Any]]:
-    from tests.faults.matrix import CASES, Skip
+    from tests.faults.matrix import CASES
+    from tests.faults.runs import Skip
 
     for name in names:
         try:
@@ -173,18 +179,21 @@ def _found(done: list[dict[str, Any]]) -> str:
     return f"[red]{wrong} wrong" if wrong else "all as they should be"
 
 
-def _summary(results: Results) -> dict[str, Any]:
+def summarised(results: Results) -> dict[str, Any]:
+    """By part: when its last trial was, with which versions, how many there were, and of what."""
     parts = {}
-    for name in results.names():
-        kinds: dict[str, int] = {}
-        for entry in results.of(name):
-            kinds[entry["kind"]] = kinds.get(entry["kind"], 0) + 1
-        faults = [text for entry in results.of(name) for text in entry["faults"]]
-        parts[name] = {"trials": len(results.of(name)), "faults": faults, "kinds": kinds}
-        if name == "kills":
-            parts[name]["committed"] = sum(entry["committed"] for entry in results.of(name))
     versions = {name: importlib.metadata.version(name) for name in ("jax", "orbax-checkpoint")}
-    return {"date": time.strftime("%Y-%m-%d"), "versions": versions, "parts": parts}
+    for name, entries in results.parts().items():
+        parts[name] = {
+            "date": entries[-1]["date"],
+            "versions": versions,
+            "trials": len(entries),
+            "faults": [text for entry in entries for text in entry["faults"]],
+            "kinds": dict(Counter(entry["kind"] for entry in entries)),
+        }
+        if name == "kills":
+            parts[name]["committed"] = sum(entry["committed"] for entry in entries)
+    return parts
 
 
 if __name__ == "__main__":

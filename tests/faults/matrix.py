@@ -16,38 +16,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults import damage, resumes, runs
-from tests.faults.runs import Run
-from training.checkpoint import manifest
+from tests.faults import damage, resumes, runs, surroundings
+from tests.faults.runs import LONG, SHORT, Run, Skip, broken, goes_on
 from training.checkpoint.store import steps_in
 
-__all__ = ["CASES", "Skip"]
+__all__ = ["CASES"]
 
-SHORT = "--steps 8 --checkpoint-every 2"
-LONG = "--steps 100000 --checkpoint-every 5"
-
-
-class Skip(Exception):
-    """A case that this machine does not permit."""
-
-
-def _broken(folder: Path) -> list[str]:
-    """Listed steps that are not as they were written."""
-    wrong = []
-    for step in steps_in(folder):
-        try:
-            manifest.verify(folder / str(step), manifest.read(folder / str(step)))
-        except manifest.BadStep as error:
-            wrong.append(f"step {step} is listed and broken: {error}")
-    return wrong
-
-
-def _goes_on(scratch: Path, name: str, options: str = SHORT) -> list[str]:
-    """Whether the next run goes on from the newest step, and ends."""
-    folder = scratch / name
-    newest = steps_in(folder)[-1]
-    run = Run(scratch, name, f"{options} --steps {newest + 2} --resume must").end()
-    return [] if f"from step {newest};" in run.output else [f"it did not go on from {newest}"]
 
 
 def terminated(scratch: Path) -> list[str]:
@@ -68,8 +42,8 @@ def terminated(scratch: Path) -> list[str]:
             wrong.append(f"{when}: exit code {run.process.returncode}: {run.output[-500:]}")
         if when.startswith("saves") and run.process.returncode != 75:
             wrong.append(f"{when}: exit code {run.process.returncode}, not 75")
-        wrong += [f"{when}: {text}" for text in _broken(scratch / name)]
-    return wrong + _goes_on(scratch, folder.name)
+        wrong += [f"{when}: {text}" for text in broken(scratch / name)]
+    return wrong + goes_on(scratch, folder.name)
 
 
 def interrupted(scratch: Path) -> list[str]:
@@ -85,7 +59,7 @@ def interrupted(scratch: Path) -> list[str]:
     twice.signal(signal.SIGINT).process.wait(runs.LIMIT_S)
     if twice.process.returncode != 130:
         wrong.append(f"twice: exit code {twice.process.returncode}")
-    return wrong + _broken(folder) + _goes_on(scratch, folder.name)
+    return wrong + broken(folder) + goes_on(scratch, folder.name)
 
 
 def disk_full(scratch: Path) -> list[str]:
@@ -106,13 +80,13 @@ def disk_full(scratch: Path) -> list[str]:
         run.kill()
         _fill(ballast, disk, left=100_000)
         run = Run(scratch, "on-disk/run", LONG).end(4)
-        wrong = _broken(disk / "run")
+        wrong = broken(disk / "run")
         if "3 saves in a row have failed" not in run.output:
             wrong.append(f"the end is not explained: {run.output[-500:]}")
         if any((disk / "run" / "saving").glob("*")):
             wrong.append("what a failed save wrote is still there")
         ballast.unlink()
-        return wrong + _goes_on(scratch, "on-disk/run")
+        return wrong + goes_on(scratch, "on-disk/run")
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
@@ -132,12 +106,12 @@ def read_only(scratch: Path) -> list[str]:
     finally:
         run.kill()
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
-    wrong = _broken(folder)
+    wrong = broken(folder)
     if "Traceback" in run.output:
         wrong.append(run.output[-1500:])
     if str(folder) not in run.output.split("error:")[-1]:
         wrong.append("the folder is not named")
-    return wrong + _goes_on(scratch, folder.name)
+    return wrong + goes_on(scratch, folder.name)
 
 
 def damaged(scratch: Path) -> list[str]:
@@ -177,7 +151,7 @@ def diverging(scratch: Path) -> list[str]:
     options = f"{LONG} --checkpoint-every 1 --warmup 0 --clip-norm 1e30"
     Run(scratch, folder.name, f"{options} --steps 2").end()
     run = Run(scratch, folder.name, f"{options} --learning-rate 1e30").end(5)
-    wrong = _broken(folder)
+    wrong = broken(folder)
     if "Traceback" in run.output:
         wrong.append(run.output[-1000:])
     values = runs.arrays(folder / str(steps_in(folder)[-1]))
@@ -204,7 +178,7 @@ def two_runs(scratch: Path) -> list[str]:
     first.until(lambda: len(steps_in(folder)) > 0, "a checkpoint").kill()
     if json.loads((folder / "lock").read_text())["pid"] != first.process.pid:
         wrong.append("the lock was not left behind")
-    return wrong + _broken(folder) + _goes_on(scratch, folder.name)
+    return wrong + broken(folder) + goes_on(scratch, folder.name)
 
 
 def data_gone(scratch: Path) -> list[str]:
@@ -226,7 +200,7 @@ def data_gone(scratch: Path) -> list[str]:
     finally:
         changed.write_bytes(data)
     wrong = [] if ": text is " in output else [f"changed text is not named: {output[-500:]}"]
-    return wrong + _broken(folder) + _goes_on(scratch, folder.name)
+    return wrong + broken(folder) + goes_on(scratch, folder.name)
 
 
 def out_of_memory(scratch: Path) -> list[str]:
@@ -248,7 +222,7 @@ def out_of_memory(scratch: Path) -> list[str]:
         run.kill()
     hit = run.process.returncode != 0 and any(x in run.output for x in ("MemoryError", "alloc"))
     wrong = [] if hit else ["it had memory enough: nothing was tested"]
-    return wrong + _broken(folder) + _goes_on(scratch, folder.name)
+    return wrong + broken(folder) + goes_on(scratch, folder.name)
 
 
 def _mount(scratch: Path, name: str, options: str) -> Path:
@@ -279,8 +253,12 @@ CASES: dict[str, Callable[[Path], list[str]]] = {
     "13: folder turns read-only": read_only,
     "14, 15: newest step damaged": damaged,
     "16: every step damaged": all_damaged,
+    "17: slow disk": surroundings.slow_disk,
+    "18: one batch that is not finite": surroundings.nan_batch,
     "19: not finite in a row": diverging,
     "22: two runs, one folder": two_runs,
     "22: text removed or changed": data_gone,
     "22: out of memory": out_of_memory,
+    "22: clock jumps": surroundings.clock_jumps,
+    "22: files may not grow": surroundings.small_files,
 }

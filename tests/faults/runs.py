@@ -8,32 +8,50 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from training.checkpoint import manifest
+from training.checkpoint.store import steps_in
+
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 300.0
+SHORT = "--steps 8 --checkpoint-every 2"
+LONG = "--steps 100000 --checkpoint-every 5"
 SMALL = (
     "--num-layers 1 --embed-dim 32 --mlp-dim 64 --head-dim 8 --sequence 32 --batch 8"
     " --eval-batches 1 --log-every 1 --sample-bytes 0 --dropout 0.1 --eval-every 1000"
 ).split()
 
 
+class Skip(Exception):
+    """A case that this machine does not permit."""
+
+
 class Run:
     """One process of train.py, and what it prints.
+
+    Args:
+      options: of train.py, beside those of a small model.
+      fault: a name in `tests.faults.faulty`: what is changed in the process before it runs.
+      system: variables of `system.c`, which changes what the system does for the process.
 
     Attributes:
       folder: of its checkpoints.
       process: as `subprocess` has it.
     """
 
-    def __init__(self, scratch: Path, name: str, options: str, preexec: Callable | None = None):
+    def __init__(
+        self, scratch: Path, name: str, options: str, fault: str = "",
+        system: Mapping[str, str] | None = None,
+    ):  # fmt: skip
         self.folder = scratch / name
         self._log = scratch / f"{name.replace('/', '-')}.log"  # not on the disk that is filled
         self._before = self._log.stat().st_size if self._log.exists() else 0
-        command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--data", str(text(scratch))]
+        program = ["-m", "tests.faults.faulty", fault] if fault else [str(ROOT / "train.py")]
+        command = [sys.executable, *program, *SMALL, "--data", str(text(scratch))]
         command += ["--checkpoint-dir", str(self.folder), *options.split()]
         kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "SPMD_VERIFY")}
         environ = kept | {
@@ -44,9 +62,11 @@ class Run:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
+        if system:
+            environ |= {"LD_PRELOAD": str(preload(scratch)), **system}
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environ, stdout=log, stderr=log, preexec_fn=preexec
+                command, cwd=ROOT, env=environ, stdout=log, stderr=log
             )
 
     @property
@@ -118,6 +138,22 @@ def text(scratch: Path) -> Path:
     return folder
 
 
+def preload(scratch: Path) -> Path:
+    """The library of `system.c`.
+
+    Raises:
+      Skip: there is no C compiler.
+    """
+    built, source = scratch / "system.so", Path(__file__).with_name("system.c")
+    if not built.exists() or built.stat().st_mtime < source.stat().st_mtime:
+        compiler = shutil.which("cc")
+        if compiler is None:
+            raise Skip("there is no C compiler")
+        command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(built), str(source), "-ldl"]
+        subprocess.run(command, check=True)
+    return built
+
+
 def losses(folder: Path, again: str = "equal") -> dict[int, float]:
     """Loss by step, as recorded.
 
@@ -156,6 +192,25 @@ def arrays(step: Path) -> dict[str, np.ndarray]:
         )
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def broken(folder: Path) -> list[str]:
+    """Listed steps that are not as they were written."""
+    wrong = []
+    for step in steps_in(folder):
+        try:
+            manifest.verify(folder / str(step), manifest.read(folder / str(step)))
+        except manifest.BadStep as error:
+            wrong.append(f"step {step} is listed and broken: {error}")
+    return wrong
+
+
+def goes_on(scratch: Path, name: str, options: str = SHORT) -> list[str]:
+    """Whether the next run goes on from the newest step, and ends."""
+    folder = scratch / name
+    newest = steps_in(folder)[-1]
+    run = Run(scratch, name, f"{options} --steps {newest + 2} --resume must").end()
+    return [] if f"from step {newest};" in run.output else [f"it did not go on from {newest}"]
 
 
 def fresh(path: Path) -> Path:

@@ -1,10 +1,14 @@
 """Saves that fail, that are slow, and what is kept."""
 
+import asyncio
 import json
+import resource
 import shutil
 import subprocess
+import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,6 +17,7 @@ import pytest
 from sharding.errors import Problem
 from tests.faults import corruptions, states
 from training.checkpoint import Checkpoints, arrays, durable, manifest
+from training.checkpoint.save_options import hide_orphaned_writes
 from training.checkpoint.store import steps_in
 from training.errors import CheckpointError
 
@@ -61,6 +66,50 @@ def test_the_newest_steps_are_kept_and_nothing_else_is_left(checkpoints):
     assert steps_in(checkpoints.folder) == [3, 4, 5]
     left = [*(checkpoints.folder / "trash").iterdir(), *(checkpoints.folder / "saving").iterdir()]
     assert left == []
+    checkpoints.close()
+    assert {path.name for path in checkpoints.folder.iterdir()} == {"3", "4", "5", "lock"}
+
+
+def test_the_folders_of_another_run_are_left_alone(checkpoints):
+    (checkpoints.folder / "saving").mkdir()
+    Checkpoints(checkpoints.folder, keep=3).close()
+    assert (checkpoints.folder / "saving").is_dir()
+
+
+def test_a_limit_on_the_size_of_files_is_named_and_ends_nothing(checkpoints):
+    """The signal would end the process, if Python did not ignore it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        save(checkpoints, 3, columns=2000)  # 1 MB
+        problem = polled(checkpoints)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert problem is not None and problem.what.startswith("step 3 was not saved in")
+    assert problem.why.startswith(f"File too large: {checkpoints.folder}/saving/3/state.")
+    assert problem.fix.startswith("raise the limit on files, ulimit -f; the next checkpoint is")
+    save(checkpoints, 4)
+    assert (checkpoints.finish(), steps_in(checkpoints.folder)) == (None, [1, 2, 4])
+
+
+def test_writes_that_end_after_their_save_has_failed_print_no_trace(monkeypatch):
+    told = []
+
+    def before(found):
+        told.append(str(found.exc_value))
+
+    monkeypatch.setattr(sys, "unraisablehook", before)
+    hide_orphaned_writes()
+    hook = sys.unraisablehook
+    hide_orphaned_writes()
+    assert sys.unraisablehook is hook is not before
+    loop = asyncio.new_event_loop()
+    loop.close()
+    for fails in (lambda: loop.call_soon_threadsafe(print), lambda: int("x")):
+        with pytest.raises((RuntimeError, ValueError)) as error:
+            fails()
+        hook(SimpleNamespace(exc_value=error.value, exc_traceback=error.value.__traceback__))
+    assert told == ["invalid literal for int() with base 10: 'x'"]
 
 
 def test_a_step_that_is_there_is_not_written_again(checkpoints):

@@ -9,10 +9,16 @@ from typing import Any
 from unittest import mock
 
 import train
+from spmd.mesh_text import read_across
+from spmd.runtime.hybrid import make_mesh
+from tests.fuzz import watch
 from training import hosts
 from training.config import RunConfig, owners
+from training.program import plan
 from training.state import make_optimizer
 
+_FEW_LAYERS = 4
+_PLAN_S = 60
 _DEFAULTS = RunConfig()
 _KEYS = list(owners(_DEFAULTS))
 _INTEGERS = (0, 1, 2, 3, 4, 7, 8, 16, 64, 255, 4096, -1, -8, 2**31 - 1, 2**31, 2**32, 2**63, 10**30)
@@ -42,7 +48,7 @@ def prepare(folder: Path) -> None:
 
 def run(seed: int, folder: Path) -> tuple[str, ...]:
     """Configures train.py with the case `seed`, in the folder of `prepare`, reads its data, and
-    makes its optimiser.
+    makes its optimiser; then plans its step. Some one in seventy gets there.
 
     Returns:
       The command line.
@@ -50,10 +56,15 @@ def run(seed: int, folder: Path) -> tuple[str, ...]:
     argv = generate(seed, folder)
     alone = {"simulate": lambda *devices: True, "start": lambda *cluster: None}
     with mock.patch.multiple(hosts, **alone):
-        run, _ = train.configure(argv)
+        run, sizes = train.configure(argv)
         if not run.mesh.aot:
             train.load_corpus(run.data)
         make_optimizer(run.optimizer, run.train.steps)
+        # Layers one by one are as many programs, whose plan may take any time.
+        alike = run.model.scan_layers or run.model.num_layers <= _FEW_LAYERS
+        if alike and not run.mesh.aot:
+            with watch.limited(_PLAN_S):
+                plan(run, make_mesh(sizes, read_across(run.mesh.mesh, sizes)))
     return tuple(argv)
 
 

@@ -15,16 +15,25 @@ LONG = ("--steps", "1000", "--checkpoint-every", "0")
 
 
 def test_losses_are_the_same_however_the_devices_are_shared(tmp_path: Path) -> None:
-    """Sums are taken in another order, nothing else; one process prints and writes."""
+    """Sums are taken in another order, nothing else; one process prints and writes. Batches are
+    equal bit for bit, and each process reads the rows of its own devices."""
     arguments = ("--steps", "3", "--sample-bytes", "3", "--temperature", "0")
-    found, texts = [], []
+    found, texts, batches = [], [], []
     for processes in (1, 2, 4):
-        with Run(tmp_path / f"{processes}", processes, arguments) as run:
+        faults = dict.fromkeys(range(processes), "tell_rows")
+        with Run(tmp_path / f"{processes}", processes, arguments, faults) as run:
             run.finished()
+            told = [run.rows(i) for i in range(processes)]
+            # Eight rows for as many devices; three steps and a validation.
+            assert {batch["read"] for one in told for batch in one} == {8 // processes}
+            batches.append([{k: v for one in parts for k, v in one["rows"].items()}
+                            for parts in zip(*told, strict=True)])  # fmt: skip
             found.append(losses(run.folder))
             texts.append(run.out(0).rpartition("sample (cache")[2])
             assert [run.out(i) + run.err(i) for i in range(1, processes)] == [""] * (processes - 1)
     assert [step for step, _ in found[0]] == [1, 2, 3] and texts[0]
+    assert len(batches[0]) == 4 and set(batches[0][0]) == set("01234567")
+    assert batches[1] == batches[0] and batches[2] == batches[0]
     for others, text in zip(found[1:], texts[1:], strict=True):
         assert [step for step, _ in others] == [1, 2, 3]
         assert [loss for _, loss in others] == pytest.approx([x for _, x in found[0]], rel=1e-5)

@@ -7,6 +7,7 @@ runs `train.py ARGUMENTS` with a fault put into it, see FAULTS.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -18,6 +19,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 600  # for what is no claim of a test: compiling, on a machine with much to do
@@ -101,6 +105,11 @@ class Run:
 
     def err(self, process: int) -> str:
         return (self.log / f"{process}.err").read_text(errors="replace")
+
+    def rows(self, process: int) -> list[dict[str, Any]]:
+        """Of each batch, what `tell_rows` says."""
+        text = (self.log / f"{process}.rows").read_text()
+        return [json.loads(line) for line in text.splitlines()]
 
     def said(self) -> str:
         numbers = range(len(self.processes))
@@ -190,9 +199,42 @@ def slow_validation() -> None:
     loop.validation_batches = slow
 
 
+def tell_rows() -> None:
+    """Writes beside the log which rows of each batch it reads, their digests, and which rows its
+    devices then have."""
+    from training.program import Plan
+
+    own = f"/proc/{os.getpid()}/fd/1"
+    told = Path(os.readlink(own)).with_suffix(".rows")
+    put = Plan.put
+
+    def telling(plan: Plan, batch: Any) -> Any:
+        counted = Counted(batch)
+        placed = put(plan, counted)
+        rows = {}
+        for shard in placed.addressable_shards:
+            first = shard.index[0].start or 0
+            for row, values in enumerate(shard.data, first):
+                rows[row] = hashlib.sha256(np.asarray(values).tobytes()).hexdigest()
+        with told.open("a") as file:
+            file.write(json.dumps({"read": counted.rows, "rows": rows}) + "\n")
+        return placed
+
+    class Counted:
+        def __init__(self, batch: Any):
+            self.batch, self.shape, self.rows = batch, batch.shape, 0
+
+        def __getitem__(self, part: tuple[slice, slice]) -> Any:
+            found = self.batch[part]
+            self.rows += len(found)
+            return found
+
+    Plan.put = telling
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     fault.__name__: fault
-    for fault in (crash, other_jax, other_plan, slow_steps, slow_validation)
+    for fault in (crash, other_jax, other_plan, slow_steps, slow_validation, tell_rows)
 }
 
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from sharding.mesh import MeshShape
 from spmd.cli.load import UsageError, load, read_arguments, read_mesh
 from spmd.cli.main import main
 
@@ -92,7 +93,14 @@ def test_bad_input_is_explained_with_exit_code_2(argv, message, capsys):
 
 
 def test_meshes_are_read_and_all_problems_told():
-    assert read_mesh("data=16, tensor=4") == {"data": 16, "tensor": 4}
+    assert read_mesh("data=16, tensor=4") == MeshShape((("data", 16), ("tensor", 4)))
+    assert read_mesh("data=2@dcn,x=4").placed_text() == "data=2@dcn, x=4"
+    with pytest.raises(UsageError) as error:
+        read_mesh("data=-1,fsdp=2@dnc")
+    assert [problem.why for problem in error.value.problems] == [
+        "axis 'data' has size -1, and an axis holds at least one device",
+        "'@dnc' is no network; @dcn is the one between slices or nodes",
+    ]
     with pytest.raises(UsageError) as error:
         read_mesh("data:16,tensor=0,fsdp=2,fsdp=2")
     assert len(error.value.problems) == 3
@@ -100,6 +108,23 @@ def test_meshes_are_read_and_all_problems_told():
         "--mesh data:16,tensor=0,fsdp=2,fsdp=2\n"
         "  why: axis 'fsdp' is given twice\n"
         "  fix: give it one size"
+    )
+
+
+@pytest.mark.parametrize(
+    ("mesh", "machine", "product", "slices"),
+    [
+        ("data=2@dcn,tensor=4", "v5e:2x4", "data=2 = 2", 1),
+        ("data=2@dcn,tensor=2@dcn", "v5e:2x1*2", "data=2 x tensor=2 = 4", 2),
+    ],
+)
+def test_axes_between_slices_need_a_machine_with_as_many(mesh, machine, product, slices, capsys):
+    assert main(aot(mesh=mesh, topology=machine)) == 2
+    assert capsys.readouterr().err == (
+        f"error: mesh {mesh.replace(',', ', ')} on {machine}\n"
+        f"  why: its axes cross the network between {product} slices or nodes, and {machine} has"
+        f" {slices}\n"
+        "  fix: name a machine with as many, e.g. v5e:2x2*2 or h100:2x4\n"
     )
 
 

@@ -21,6 +21,12 @@ def test_without_a_question_the_program_is_printed(stage, capsys) -> None:
     assert capsys.readouterr().out == f"{stage}\n"
 
 
+def test_axes_between_slices_are_understood(capsys) -> None:
+    assert main([*ASK[:-1], "data=2@dcn,tensor=4"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("mesh data=2@dcn, tensor=4\n") and "B of it over dcn" in out
+
+
 def test_values_collectives_and_alternatives(stage, capsys) -> None:
     name = str(stage.plan.program.body.inputs[0])
     kind = stage.collectives[0].kind

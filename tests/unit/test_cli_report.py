@@ -26,6 +26,20 @@ def test_the_report_is_that_of_the_library(capsys) -> None:
     assert capsys.readouterr().out == f"{want}\n"
 
 
+def test_what_crosses_the_network_is_told_apart(tmp_path, capsys) -> None:
+    names = [str(tmp_path / name) for name in ("inside.json", "across.json")]
+    for name, mesh in zip(names, ("data=2,tensor=4", "data=2@dcn,tensor=4"), strict=True):
+        assert main(report("--json", name, "--machine", "v5e:2x2*2", mesh=mesh)) == 0
+    inside, across = (Report.from_json(Path(name).read_text()) for name in names)
+    assert dict(across.across) == {"data": 2} and not inside.across
+    assert across.network_bytes > 0 == inside.network_bytes
+    data = [entry for entry in across.communication if entry.axes == ("data",)]
+    assert data and across.network_bytes == sum(entry.network for entry in data)
+    assert "data=2@dcn tensor=4 (8 devices)" in capsys.readouterr().out
+    assert main(["plan", "diff", *names]) == 0
+    assert "sent over dcn" in capsys.readouterr().out
+
+
 def test_a_program_that_does_not_fit_has_exit_code_1(capsys, monkeypatch) -> None:
     monkeypatch.setattr("spmd.hardware.Machine.hbm_bytes", 1024.0)
     assert main(report("--machine", "v5e:2x4")) == 1

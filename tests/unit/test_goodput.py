@@ -1,7 +1,9 @@
 """Where time goes, by a clock that tests set; and when devices are done."""
 
+import pathlib
 import queue
 import random
+import re
 import time
 
 import jax.numpy as jnp
@@ -124,3 +126,21 @@ def test_the_age_of_the_process_grows():
     time.sleep(0.1)
     assert first <= process_age() <= first + 5
     assert Goodput().started <= time.perf_counter()
+
+
+def test_the_wall_clock_is_read_for_time_stamps_alone():
+    """It may jump; limits and measurements are by clocks that do not."""
+    root = pathlib.Path(__file__).parents[2]
+    files = [root / "train.py", *(root / "training").rglob("*.py"), *(root / "spmd").rglob("*.py")]
+    pattern = r"\btime\.time(?:_ns)?\(\)|\bdatetime\.(?:now|utcnow|today)\(|\btime\.clock"
+    found = {
+        f"{path.relative_to(root).as_posix()}: {line.strip()}"
+        for path in files
+        for line in path.read_text().splitlines()
+        if re.search(pattern, line)
+    }
+    assert found == {
+        'training/metrics.py: self._line = {"step": step, "time": time.time(), **self._next}',
+        'training/checkpoint/lock.py: me = {"pid": os.getpid(), "host": socket.gethostname(),'
+        ' "started": time.time()}',
+    }

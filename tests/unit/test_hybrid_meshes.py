@@ -13,10 +13,11 @@ from sharding.errors import MeshError
 from sharding.mesh import MeshShape, refine
 from spmd import cost
 from spmd.hardware import Machine
+from spmd.mesh_text import mesh_text, read_across
 from spmd.reporting.model import Report
 from spmd.runtime.hybrid import count_nodes, make_mesh
 from training.config import MeshConfig, RunConfig
-from training.mesh_text import mesh_text, read_across, read_mesh
+from training.mesh_text import read_mesh
 from training.validate import validate
 
 HYBRID = MeshShape((("data", 2), ("fsdp", 4)), across=(("data", 2),))
@@ -126,6 +127,15 @@ def test_a_plan_spares_the_network(two_nodes, monkeypatch):
     assert text.startswith("mesh data=2@dcn, fsdp=4\n")
     assert "  all_gather(data) x1 262,144 B, 262,144 B of it over dcn" in text
     assert "dcn" not in str(free)
+
+
+def test_a_mesh_without_devices_may_say_which_axes_cross(monkeypatch):
+    inside, across = matmul(MeshShape(HYBRID.axes)), matmul(HYBRID)
+    assert str(inside) == str(matmul(dict(HYBRID.axes))) != str(across)
+    options = [stage.propagated.traced.options for stage in (inside, across)]
+    assert options[0] != options[1] and options[0].mesh is options[1].mesh
+    monkeypatch.setenv("SPMD_NODES", "2")
+    assert str(across) == str(matmul(make_mesh({"data": 2, "fsdp": 4}, {"data": 2})))
 
 
 def test_a_report_has_the_network_in_bytes_and_time(two_nodes):

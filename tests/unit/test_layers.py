@@ -35,7 +35,7 @@ LAYERS = (
     ("spmd.topology",),
     ("spmd.hardware",),
     ("spmd.cost",),
-    ("spmd.collectives", "spmd.options"),
+    ("spmd.collectives", "spmd.mesh_text", "spmd.options"),
     ("spmd.arguments",),
     ("spmd.devices",),
     ("spmd.partition.*", "spmd.parallel.*"),

@@ -108,6 +108,21 @@ def test_saves_and_validations_see_the_state_of_their_step(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("done", "traced"), [(2, True), (3, False), (5, False)])
+def test_a_resume_behind_the_steps_to_trace_says_so(tmp_path, monkeypatch, done, traced):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", calls.append)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    loop, state, _ = start(tmp_path, done=done, log={"profile": "3:4"})
+    loop.run(state)
+    assert calls == ([str(tmp_path / "profile"), "stop"] if traced else [])
+    text = (
+        f"no trace is written: --profile 3:4 begins before step {done + 1}, the first one of this"
+        " process\n"
+    )
+    assert (text in loop.console.file.getvalue()) != traced
+
+
 def test_every_line_has_what_was_logged_and_where_time_went(tmp_path):
     loop, state, _ = start(tmp_path, steps=5, eval_every=2)
     loop.run(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from training.errors import CheckpointError
 __all__ = ["mismatches", "reason", "restore", "small_copy"]
 
 _SHOWN = 5
+_SYSTEM = re.compile(r"([A-Z][^:\[\]]*) \[os_error_code=")
+_FILE = re.compile(r'Failed writing: "([^"]+)"')
 _SMALL_BYTES = 64 * 2**20  # of one device
 
 
@@ -87,8 +90,13 @@ def restore(checkpointer: ocp.AsyncCheckpointer, folder: Path, abstract: Any) ->
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what a library says, cut where it grows long."""
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    """The first line of what a library says, cut where it grows long; what the system said to
+    Orbax's storage, which tells it last, comes first."""
+    text = str(error)
+    if match := _SYSTEM.search(text):
+        file = _FILE.search(text)
+        text = f"{match[1]}: {file[1]}" if file else match[1]
+    return next(iter(text.splitlines()), type(error).__name__)[:200]
 
 
 def _described(tree: Any) -> dict[str, str]:

@@ -17,7 +17,7 @@ from sharding.errors import Problem
 from spmd.runtime import end, processes
 from training.checkpoint import arrays
 from training.checkpoint.primary import WAIT_S, WRITE_S, on_primary
-from training.checkpoint.save_options import save_small_arrays_whole
+from training.checkpoint.save_options import hide_orphaned_writes, save_small_arrays_whole
 from training.checkpoint.store import Found, Store, steps_in
 from training.errors import CheckpointError
 from training.state import TrainState
@@ -56,6 +56,7 @@ class Checkpoints:
         # Orbax logs each write that failed with its trace; `poll` tells it in three lines.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+        hide_orphaned_writes()
 
     def latest(self) -> int | None:
         """The newest step that is listed, or None; `find` tells whether it can be read."""

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-__all__ = ["free_bytes", "move", "remove", "sync", "sync_tree", "write"]
+__all__ = ["free_bytes", "move", "remove", "remove_empty", "sync", "sync_tree", "write"]
 
 
 def write(path: Path, data: bytes) -> None:
@@ -48,6 +48,14 @@ def sync_tree(folder: Path) -> None:
 def remove(folder: Path) -> None:
     """Deletes a folder and all below it; what cannot be deleted stays."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_empty(folder: Path) -> None:
+    """Deletes a folder if it is there and holds nothing."""
+    try:
+        folder.rmdir()
+    except OSError:
+        pass
 
 
 def free_bytes(folder: Path) -> int:

@@ -37,6 +37,11 @@ class Lock:
         self._released = threading.Event()
         self._beating: threading.Thread | None = None
 
+    @property
+    def held(self) -> bool:
+        """Whether this object has taken it, and not released."""
+        return self._handle is not None
+
     def take(self) -> None:
         """Takes the lock; does nothing if this object holds it.
 

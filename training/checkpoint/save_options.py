@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import sys
+from asyncio import base_events
+from typing import Any
+
 import jax
 import orbax.checkpoint as ocp
 
-__all__ = ["save_small_arrays_whole"]
+__all__ = ["hide_orphaned_writes", "save_small_arrays_whole"]
 
 _SMALL_BYTES = 2**20
+
+
+def hide_orphaned_writes() -> None:
+    """The writes of a save go on when one of them has failed, and each that ends later prints a
+    trace: nobody waits for it any more. The failure itself is told by `Checkpoints.poll`."""
+    before = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        trace = found.exc_traceback
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        orphaned = (
+            isinstance(found.exc_value, RuntimeError)
+            and trace is not None
+            and trace.tb_frame.f_code.co_filename == base_events.__file__
+        )
+        if not orphaned:
+            before(found)
+
+    if getattr(before, "__qualname__", "") != hook.__qualname__:
+        sys.unraisablehook = hook
 
 
 def save_small_arrays_whole() -> None:

@@ -7,6 +7,7 @@ wanted are renamed into `trash/` before they are deleted, damaged ones into `qua
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import re
@@ -86,7 +87,9 @@ class Store:
             durable.remove(self.folder / name)
 
     def close(self) -> None:
-        """Gives the lock back."""
+        """Gives the lock back, and leaves no folder that is empty."""
+        for name in (SAVING, TRASH) if self._lock.held else ():
+            durable.remove_empty(self.folder / name)
         self._lock.release()
 
     def newest_good(self, expected: dict[str, Any]) -> Found | None:
@@ -164,10 +167,12 @@ class Store:
 
     def not_saved(self, step: int, why: str) -> Problem:
         """The problem of a save that failed."""
+        limited = why.startswith(os.strerror(errno.EFBIG))
+        fix = "raise the limit on files, ulimit -f" if limited else "make room on the disk"
         return Problem(
             f"step {step} was not saved in {self.folder}",
             why,
-            "make room on the disk; the next checkpoint is tried all the same",
+            f"{fix}; the next checkpoint is tried all the same",
         )
 
     def _verified(self, step: int, expected: dict[str, Any]) -> Manifest:
