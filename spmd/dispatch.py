@@ -112,8 +112,7 @@ def jit(
         tuple(in_shardings) if isinstance(in_shardings, list) else in_shardings, out_shardings,
         *donated_and_static, keep_unused, fallback, on_gather,
         tuple((compiler_options or {}).items()), bool(strict), tuple(sorted(disable_passes)),
-        memory_limit,
-        mesh.across if isinstance(mesh, MeshShape) else (),
+        memory_limit, mesh.across if isinstance(mesh, MeshShape) else (),
     )  # fmt: skip
     return Function(_referable(fun), options)
 
