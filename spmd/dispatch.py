@@ -87,8 +87,9 @@ def jit(
         beside computation), "keep_products" (what the CPU compiler needs in order to multiply
         matrices at full speed), "saved_gathers" (see `memory_limit`).
       memory_limit: bytes that a device has for the program. While the predicted peak stays below,
-        weights that loops over layers gather forward and again on the way back are gathered once.
-        A program that is predicted to need more has a diagnostic. None: every loop gathers.
+        weights that loops over layers gather forward and again on the way back are gathered once;
+        where it is above, "loop_invariants" and "loop_sums" are given up if that helps. A program
+        that is predicted to need more all the same has a diagnostic. None: neither is done.
 
     Returns:
       A callable with the stages `.trace`, `.lower` (see `spmd.stages`).

@@ -19,6 +19,7 @@ GATHERED = STACK * (DEVICES - 1) / DEVICES  # what each device sends for one, by
 SPECS = (({"a": P(None, "fsdp"), "b": P(None, None, "fsdp")}, P("fsdp")), (P(), {
     "a": P(None, "fsdp"), "b": P(None, None, "fsdp")}))  # fmt: skip
 PLENTY = 1 << 40
+PASSES = ("loop_sums", "loop_invariants")
 
 
 def arr(*shape: int) -> np.ndarray:
@@ -107,6 +108,35 @@ def test_a_program_that_does_not_fit_says_so() -> None:
         " recompute it with jax.checkpoint"
     )
     assert not [d for d in planned(peak).diagnostics if d.kind == "over limit"]
+
+
+def test_what_takes_memory_is_given_up_where_there_is_none() -> None:
+    """Gradients of all layers as partial sums are whole; reduced in each step they are sharded."""
+
+    def accumulate(w: Any, xs: Any) -> Any:
+        def add(total: Any, x: Any) -> tuple[Any, None]:
+            return total + jax.grad(lambda w: jnp.sum(jnp.tanh(x @ w) ** 2))(w), None
+
+        return jax.lax.scan(add, jnp.zeros_like(w), xs)[0]
+
+    args = (arr(64, 64), arr(40, 16, 64))
+    ins, outs = (P("fsdp"), P(None, "fsdp")), P("fsdp")
+
+    def at(limit: int | None, *off: str) -> spmd.Partitioned:
+        options: dict[str, Any] = {"memory_limit": limit, "disable_passes": off}
+        return check(accumulate, args, mesh(), ins, outs, **options)
+
+    most = at(None)
+    less = at(most.peak_memory - 1)
+    ways = [at(None, *off) for off in (("loop_sums",), ("loop_invariants",), PASSES)]
+    fitting = {way.wire_bytes for way in ways if way.peak_memory < most.peak_memory}
+    assert less.wire_bytes == min(fitting) < max(fitting)
+    assert less.peak_memory < most.peak_memory and less.wire_bytes > most.wire_bytes
+    assert not [d for d in less.diagnostics if d.kind == "over limit"]
+    assert at(most.peak_memory).wire_bytes == most.wire_bytes
+    smallest = at(1000)
+    assert smallest.peak_memory <= less.peak_memory
+    assert [d for d in smallest.diagnostics if d.kind == "over limit"]
 
 
 def test_strict_refuses_a_program_that_does_not_fit() -> None:
