@@ -104,7 +104,7 @@ def jit(
     _check_callable(fun)
     _check_choices(device, backend, fallback, on_gather)
     _check_passes(disable_passes)
-    _check_memory_limit(memory_limit)
+    memory_limit = _checked_memory_limit(memory_limit)
     donated_and_static = _jit.resolve_argnums(
         fun, donate_argnums, donate_argnames, static_argnums, static_argnames
     )
@@ -318,9 +318,11 @@ def _check_passes(names: Sequence[str]) -> None:
         raise ArgumentError(*problems)
 
 
-def _check_memory_limit(limit: Any) -> None:
-    if limit is None or (isinstance(limit, int) and not isinstance(limit, bool) and limit > 0):
-        return
+def _checked_memory_limit(limit: Any) -> int | None:
+    if limit is None:
+        return None
+    if hasattr(limit, "__index__") and not isinstance(limit, bool) and limit > 0:
+        return int(limit)
     raise ArgumentError(
         Problem(
             f"memory_limit={limit!r}",

@@ -252,7 +252,8 @@ def wrong_slices(machine: Machine, mesh: MeshShape) -> Problem:
         f"mesh {mesh.placed_text()} on {machine}",
         f"its axes cross the network between {axes} = {asked} slices or nodes, and {machine} has"
         f" {machine.slices}",
-        "name a machine with as many, e.g. v5e:2x2*2 or h100:2x4",
+        f"name a machine of {asked} slices or nodes, with {mesh.size // asked} devices each, or let"
+        f" the axes with @dcn have the product {machine.slices}",
     )
 
 

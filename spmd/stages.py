@@ -312,11 +312,15 @@ class Partitioned(Inspection):
     def diagnostics(self) -> tuple[Diagnostic, ...]:
         """What was done that the annotations did not say, and what they leave undone: the
         dearest first."""
-        found = (*self.propagated._inputs[1], *self.propagated._outputs[1])
-        limit = self.options.memory_limit
-        if limit is not None and self.peak_memory > limit:
-            found = (*found, over_limit(self.peak_memory, limit))
+        found = (*self.propagated._inputs[1], *self.propagated._outputs[1], *self._over_limit)
         return diagnose(self.propagated.result, self.plan, found)
+
+    @cached_property
+    def _over_limit(self) -> list[Diagnostic]:
+        limit = self.options.memory_limit
+        if limit is None or self.peak_memory <= limit:
+            return []
+        return [over_limit(self.peak_memory, limit)]
 
     @property
     def _avals(self) -> list[Any]:
@@ -354,11 +358,12 @@ class Partitioned(Inspection):
         return [keep or self.plan.program.uses[v.id] > 0 for v in inputs]
 
     def warn(self) -> None:
-        """Says what was done to annotated dims that do not divide; once, when it is first used."""
+        """Says what was done to annotated dims that do not divide, and which memory there is too
+        little of; once, when it is first used."""
         annotated = {str(v) for v, s in self.propagated.traced.annotations}
-        for diagnostic in (*self.propagated._inputs[1], *self.propagated._outputs[1]):
-            if diagnostic.value in annotated:
-                warnings.warn(str(diagnostic), ShardingWarning, stacklevel=_stacklevel())
+        shortened = (*self.propagated._inputs[1], *self.propagated._outputs[1])
+        for diagnostic in (*(d for d in shortened if d.value in annotated), *self._over_limit):
+            warnings.warn(str(diagnostic), ShardingWarning, stacklevel=_stacklevel())
 
     def __str__(self) -> str:
         lines = [str(self.plan), "collectives"]

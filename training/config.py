@@ -50,8 +50,8 @@ class MeshConfig:
     )
     memory_limit: float = option(
         0.0,
-        "GiB that a step may take per device, used to gather weights once where they fit; 0: what"
-        " the device has, where that is known",
+        "GiB that a step may take per device, of which what is left is used to gather weights once;"
+        " 0: what the device has, where that is known, and each layer gathers",
     )
     ignore_memory_limit: bool = option(False, "go on where the predicted memory is over the limit")
 

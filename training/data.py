@@ -64,7 +64,8 @@ class Corpus:
 class Batch:
     """Examples that are read when they are asked for: int32 [len(starts), length].
 
-    Like an array it has a `shape` and parts, `batch[2:4, :]`, and only what is asked for is read.
+    It has a `shape`, and parts by two slices without a step, `batch[2:4, :]`, of which only what is
+    asked for is read.
 
     Attributes:
       text: of which each example is a piece.
@@ -83,6 +84,7 @@ class Batch:
     def __getitem__(self, part: tuple[slice, slice]) -> np.ndarray:
         """Raises DataError, see `Tokens.take`."""
         rows, columns = part
+        assert columns.step in (None, 1), "every token of an example is read"
         first, end, _ = columns.indices(self.length)
         starts = self.starts[rows] + first
         if isinstance(self.text, Tokens):

@@ -121,7 +121,7 @@ def read_mesh(text: str) -> MeshShape:
     Raises:
       UsageError: all that is wrong with it.
     """
-    mesh, problems = parse_mesh(text, f"--mesh {text}")
+    mesh, problems = parse_mesh(text, f"--mesh {text if text.isprintable() else repr(text)}")
     if problems:
         raise UsageError(*problems)
     return MeshShape(tuple(mesh.items()), across=tuple(read_across(text, mesh).items()))

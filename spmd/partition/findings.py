@@ -19,6 +19,7 @@ from spmd.partition.replicated import Layouts, layouts_of, replicated
 from spmd.partition.written import annotation_text
 
 LARGE = 1 << 20  # bytes, per device: held for nothing, or sent per call
+OVER_LIMIT = "over limit"
 PADDING = 1 / 8  # the part of a dim's places that may be padding without a word
 
 
@@ -36,16 +37,19 @@ def diagnose(
 
 
 def forbid_waste(diagnostics: Sequence[Diagnostic]) -> None:
-    """Raises StrictError with every diagnostic of `LARGE` bytes or more."""
+    """Raises StrictError with every diagnostic of `LARGE` bytes or more, and with a limit of memory
+    that is exceeded at all."""
     problems = [
         Problem(
             f"{d.kind}: {d.value}: {d.text}"
             + (f" at {d.source}" if d.source and d.source not in d.value else ""),
-            f"strict=True accepts nothing that costs a device {LARGE:,} B or more",
+            "strict=True accepts no program above memory_limit"
+            if d.kind == OVER_LIMIT
+            else f"strict=True accepts nothing that costs a device {LARGE:,} B or more",
             d.remedy or "annotate it with axes that divide its dims, or pad it",
         )
         for d in diagnostics
-        if d.bytes >= LARGE and not d.stated
+        if (d.bytes >= LARGE and not d.stated) or d.kind == OVER_LIMIT
     ]
     if problems:
         raise StrictError(*problems)
@@ -192,7 +196,7 @@ def _unused(
 def over_limit(peak: int, limit: int) -> Diagnostic:
     """The diagnostic of a program that is predicted not to fit into `memory_limit`."""
     return Diagnostic(
-        "over limit", "the program",
+        OVER_LIMIT, "the program",
         f"its predicted peak is {peak:,} B per device, {peak - limit:,} B more than "
         f"memory_limit={limit:,}",
         float(peak - limit), "", "shard more of what `spmd.report` lists as largest, or recompute "

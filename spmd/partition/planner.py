@@ -53,7 +53,8 @@ def make_plan(
       without: names of passes that are off.
       assumed: layouts of values inside of regions, by id, in place of those propagated.
     """
-    refs = {a for s in set(propagated.shardings) for d in s.dims for a in d.axes if ":" in a}
+    used = {a for s in set(propagated.shardings) for d in s.dims for a in d.axes}
+    refs = {a for a in used.union(*(x.used for x in (assumed or {}).values())) if ":" in a}
     while True:
         mesh = refine(propagated.mesh, refs)
         planner = _Planner(propagated, mesh, without)

@@ -4,17 +4,20 @@ Weights of layers that a loop runs over, fully sharded, are gathered slice by sl
 again on the way back, so that no more than a layer is whole at a time. A stack that is gathered
 before the first of those loops is sent once: half of the bytes, for memory that lasts from the
 first loop to the last. Which of the two is right depends on how much memory there is, so that the
-pass does nothing unless it is told (`memory_limit` of `spmd.jit`).
+pass does nothing unless it is told (`memory_limit` of `spmd.jit`). It sees loops of the program
+itself, not those inside of others, such as of microbatches; and leaves alone what an operation
+needs whole, which is told where it is gathered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from sharding.mesh import MeshShape
 from sharding.program import Op, Value
 from sharding.spec import Layout
+from spmd.partition.diagnose import gather
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
 from spmd.partition.reshard import plan as route
 
@@ -52,18 +55,22 @@ def save_gathers(
       limit: the most that it may be.
     """
     found = sorted(gathers(plan), key=lambda each: (round(each.held / each.saved, 2), each.held))
+
+    def planned(chosen: Sequence[Gather]) -> ProgramPlan | None:
+        """With these; None where that does not fit."""
+        other = again({value: x for each in chosen for value, x in each.assumed.items()})
+        return other if peak(other) <= limit else None
+
     best, low, high = plan, 0, len(found)
     while low < high:  # the longest prefix that fits
         count = (low + high + 1) // 2
-        assumed: dict[int, Layout] = {}
-        for each in found[:count]:
-            assumed |= each.assumed
-        other = again(assumed)
-        if peak(other) <= limit:
-            low = count
-            best = other if sent(other) < sent(best) else best
-        else:
-            high = count - 1
+        other = planned(found[:count])
+        low, high = (low, count - 1) if other is None else (count, high)
+        best = other if other is not None and sent(other) < sent(best) else best
+    chosen = found[:low]
+    for each in found[low + 1 :]:  # what is smaller than the first that does not
+        if each.held < limit - peak(best) and (other := planned([*chosen, each])) is not None:
+            chosen, best = [*chosen, each], min(best, other, key=sent)
     return best
 
 
@@ -83,9 +90,9 @@ def gathers(plan: ProgramPlan) -> Iterator[Gather]:
                 values.setdefault(key.value.id, key)
                 found.setdefault(key.value.id, []).append(piece)
     for number, pieces in found.items():
-        gather = _gather(values[number], pieces, plan.mesh)
-        if gather is not None:
-            yield gather
+        each = _gather(values[number], pieces, plan.mesh)
+        if each is not None:
+            yield each
 
 
 class _Piece(NamedTuple):
@@ -143,8 +150,8 @@ def _gather(key: Key, pieces: list[_Piece], mesh: MeshShape) -> Gather | None:
         return None
     (layout,) = wanted
     kinds = {step.kind for move, _ in moves for step in move.plan.steps}
-    named = {axis for dims in (layout.dims, key.layout.dims) for axes in dims for axis in axes}
-    if kinds != {"all_gather"} or layout.partial or any(":" in axis for axis in named):
+    told = (gather(m.reason, m.value, m.plan, mesh) for m, _ in moves if m.reason is not None)
+    if kinds != {"all_gather"} or layout.partial or any(told):
         return None
     value, whole = key.value, Layout(((), *layout.dims))
     once = route(key.layout, whole, value.shape, value.itemsize, mesh).bytes

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import spmd
-from sharding.errors import ArgumentError, SpmdError
+from sharding.errors import ArgumentError, GatherError, SpmdError, StrictError
 from spmd.partition.saved import gathers
 from tests.oracle import check, kinds, make_mesh
 
@@ -134,7 +134,9 @@ def test_what_takes_memory_is_given_up_where_there_is_none() -> None:
     assert less.peak_memory < most.peak_memory and less.wire_bytes > most.wire_bytes
     assert not [d for d in less.diagnostics if d.kind == "over limit"]
     assert at(most.peak_memory).wire_bytes == most.wire_bytes
-    smallest = at(1000)
+    jitted = spmd.jit(accumulate, mesh=mesh(), in_shardings=ins, out_shardings=outs,
+                      memory_limit=1000)  # fmt: skip
+    smallest = jitted.trace(*args).propagate().partition()
     assert smallest.peak_memory <= less.peak_memory
     assert [d for d in smallest.diagnostics if d.kind == "over limit"]
 
@@ -144,6 +146,73 @@ def test_strict_refuses_a_program_that_does_not_fit() -> None:
     jitted = spmd.jit(step, mesh=mesh(), in_shardings=SPECS[0], memory_limit=1000, strict=True)
     with pytest.raises(SpmdError, match="more than memory_limit=1,000"):
         jitted.trace(*wide).propagate().partition()
+
+
+def test_a_call_says_that_there_is_too_little_memory() -> None:
+    small = spmd.jit(lambda x: x * 2, mesh=mesh(), in_shardings=P("fsdp"), memory_limit=10)
+    with pytest.warns(match="over limit: the program: its predicted peak is"):
+        small(arr(8, 4))
+    strict = spmd.jit(lambda x: x * 2, mesh=mesh(), in_shardings=P("fsdp"), memory_limit=10,
+                      strict=True)  # fmt: skip
+    with pytest.raises(StrictError, match="accepts no program above memory_limit"):
+        strict(arr(8, 4))
+
+
+def test_what_an_operation_needs_whole_is_told_all_the_same() -> None:
+    def both(w: Any, x: Any) -> Any:
+        ordered = lambda x, w: (x + jnp.tanh(x @ jnp.sort(w, axis=0)), None)  # noqa: E731
+        x = jax.lax.scan(ordered, x, w)[0]
+        return jax.lax.scan(ordered, x, w, reverse=True)[0]
+
+    args = (arr(LAYERS, WIDTH, WIDTH), arr(BATCH, WIDTH))
+    jitted = spmd.jit(both, mesh=mesh(), in_shardings=(P(None, "fsdp"), P("fsdp")),
+                      on_gather="error", memory_limit=PLENTY)  # fmt: skip
+    with pytest.raises(GatherError):
+        jitted.trace(*args).propagate().partition()
+
+
+def test_a_small_stack_is_gathered_where_a_large_one_does_not_fit() -> None:
+    """The large one is gathered more often, and so worth more for its memory: it is tried first."""
+    small, large = (WIDTH, WIDTH), (WIDTH, 8 * WIDTH)
+
+    def wide(x: Any, w: Any) -> tuple[Any, None]:
+        return x + jnp.tanh(x @ w["up"]) @ w["down"], None
+
+    def fun(w: Any, x: Any) -> Any:
+        for _ in range(3):
+            x = jax.lax.scan(wide, x, w["wide"])[0]
+        for _ in range(2):
+            x = jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, w["narrow"])[0]
+        return x
+
+    args = ({"wide": {"up": arr(LAYERS, *large), "down": arr(LAYERS, *large[::-1])},
+             "narrow": arr(LAYERS, *small)}, arr(2048, WIDTH))  # fmt: skip
+    ins = ({"wide": {"up": P(None, None, "fsdp"), "down": P(None, "fsdp")},
+            "narrow": P(None, None, "fsdp")}, P("fsdp"))  # fmt: skip
+
+    def at(limit: int | None) -> spmd.Partitioned:
+        return check(fun, args, mesh(), ins, P("fsdp"), memory_limit=limit)
+
+    plain = at(None)
+    room = at(plain.peak_memory + 2 * STACK)
+    assert plain.wire_bytes - room.wire_bytes == GATHERED
+
+
+def test_axes_that_a_plan_splits() -> None:
+    """Two heads on an axis of four are sharded over a part of it; the weights over another axis."""
+
+    def heads(w: Any, x: Any) -> Any:
+        def layer(x: Any, w: Any) -> tuple[Any, None]:
+            y = (x @ w).reshape(BATCH, 2, WIDTH // 2)
+            return x + jnp.tanh(y).reshape(BATCH, WIDTH), None
+
+        return jax.grad(lambda w: jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, w)[0] ** 2))(w)
+
+    grid = make_mesh(fsdp=2, tensor=4)
+    args = (arr(LAYERS, WIDTH, WIDTH), arr(BATCH, WIDTH))
+    ins = (P(None, "fsdp", "tensor"), P("fsdp"))
+    found = [check(heads, args, grid, ins, ins[0], 1e-4, memory_limit=x) for x in (None, PLENTY)]
+    assert found[1].wire_bytes <= found[0].wire_bytes
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1.5, True, "16GiB"])

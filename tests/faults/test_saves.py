@@ -1,7 +1,9 @@
 """Saves that fail, that are slow, and what is kept."""
 
 import asyncio
+import errno
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -278,3 +280,45 @@ def test_a_large_state_is_not_copied_on_its_devices(monkeypatch):
     assert arrays.small_copy(state) is not None
     monkeypatch.setattr(arrays, "_SMALL_BYTES", 16)
     assert arrays.small_copy(state) is None
+
+
+def test_a_copy_for_which_there_is_no_room_is_not_needed(checkpoints, monkeypatch):
+    """The state is copied to the host before `save` returns, as a large one is."""
+
+    def no_room(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    state = states.at(3, corruptions.COLUMNS)
+    monkeypatch.setattr(jax, "device_put", no_room)
+    checkpoints.save(3, state, states.RECORD)
+    monkeypatch.undo()
+    assert (checkpoints.finish(), steps_in(checkpoints.folder)) == (None, [1, 2, 3])
+
+
+def test_whatever_fails_before_a_save_begins_is_told_and_waited_for_by_nobody(
+    checkpoints, monkeypatch
+):
+    def fail(*args):
+        raise RuntimeError("no thread can be started")
+
+    monkeypatch.setattr(arrays, "small_copy", fail)
+    save(checkpoints, 3)
+    assert checkpoints.finish() == Problem(
+        f"step 3 was not saved in {checkpoints.folder}",
+        "no thread can be started",
+        "make room on the disk; the next checkpoint is tried all the same",
+    )
+
+
+def test_the_last_word_of_a_run_has_the_remedy_of_its_failure(run_folder, monkeypatch):
+    opened = Checkpoints(run_folder, keep=3, max_failures=1)
+    opened.open()
+
+    def fail(*args):
+        raise ValueError(f"{os.strerror(errno.EFBIG)}: /x")
+
+    monkeypatch.setattr(Checkpoints, "_write", fail)
+    save(opened, 3)
+    with pytest.raises(CheckpointError, match="raise the limit on files, ulimit -f, and start it"):
+        opened.finish()
+    opened.close()

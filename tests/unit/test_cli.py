@@ -112,19 +112,22 @@ def test_meshes_are_read_and_all_problems_told():
 
 
 @pytest.mark.parametrize(
-    ("mesh", "machine", "product", "slices"),
+    ("mesh", "machine", "product", "slices", "asked", "each"),
     [
-        ("data=2@dcn,tensor=4", "v5e:2x4", "data=2 = 2", 1),
-        ("data=2@dcn,tensor=2@dcn", "v5e:2x1*2", "data=2 x tensor=2 = 4", 2),
+        ("data=2@dcn,tensor=4", "v5e:2x4", "data=2 = 2", 1, 2, 4),
+        ("data=2@dcn,tensor=2@dcn", "v5e:2x1*2", "data=2 x tensor=2 = 4", 2, 4, 1),
     ],
 )
-def test_axes_between_slices_need_a_machine_with_as_many(mesh, machine, product, slices, capsys):
+def test_axes_between_slices_need_a_machine_with_as_many(
+    mesh, machine, product, slices, asked, each, capsys
+):
     assert main(aot(mesh=mesh, topology=machine)) == 2
     assert capsys.readouterr().err == (
         f"error: mesh {mesh.replace(',', ', ')} on {machine}\n"
         f"  why: its axes cross the network between {product} slices or nodes, and {machine} has"
         f" {slices}\n"
-        "  fix: name a machine with as many, e.g. v5e:2x2*2 or h100:2x4\n"
+        f"  fix: name a machine of {asked} slices or nodes, with {each} devices each, or let the"
+        f" axes with @dcn have the product {slices}\n"
     )
 
 

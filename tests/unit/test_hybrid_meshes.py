@@ -161,7 +161,8 @@ def test_a_machine_with_another_number_of_nodes_is_refused():
     assert str(error.value) == (
         "mesh data=2@dcn, fsdp=4 on v5e:2x4\n"
         "  why: its axes cross the network between data=2 = 2 slices or nodes, and v5e:2x4 has 1\n"
-        "  fix: name a machine with as many, e.g. v5e:2x2*2 or h100:2x4"
+        "  fix: name a machine of 2 slices or nodes, with 4 devices each, or let the axes with @dcn"
+        " have the product 1"
     )
 
 

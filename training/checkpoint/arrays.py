@@ -23,8 +23,8 @@ _SMALL_BYTES = 64 * 2**20  # of one device
 
 
 def small_copy(state: Any) -> Any:
-    """A copy of a state on its devices, or None where it is not small, or several processes have
-    parts of it.
+    """A copy of a state on its devices, or None where it is not small, there is no room for it, or
+    several processes have parts of it.
 
     What Orbax does for every array while training waits takes longer than a small array's copy. Of
     a large one it is little, and there may be no room for a second; several processes have to meet
@@ -37,7 +37,10 @@ def small_copy(state: Any) -> Any:
     if held > _SMALL_BYTES:
         return None
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.device_put(state, shardings, may_alias=False)
+    try:
+        return jax.device_put(state, shardings, may_alias=False)
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 def mismatches(checkpointer: ocp.AsyncCheckpointer, folder: Path, abstract: Any) -> list[Problem]:

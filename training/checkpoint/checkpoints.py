@@ -56,7 +56,6 @@ class Checkpoints:
         # Orbax logs each write that failed with its trace; `poll` tells it in three lines.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        hide_orphaned_writes()
 
     def latest(self) -> int | None:
         """The newest step that is listed, or None; `find` tells whether it can be read."""
@@ -132,15 +131,15 @@ class Checkpoints:
             self._failed(step, error)
             return self._enough()
         self.pending, self._done = step, Future()
-        copied = arrays.small_copy(unboxed)
         try:
+            copied = arrays.small_copy(unboxed)
             if copied is None:
                 self._write(step, unboxed)
+            what = (self._done, step, copied, dict(record), dict(self.about))
+            threading.Thread(target=self._commit, args=what, daemon=True, name="commit").start()
         except Exception as error:  # Orbax raises whatever its storage raised
+            hide_orphaned_writes()
             self._done.set_exception(error)
-            return
-        what = (self._done, step, copied, dict(record), dict(self.about))
-        threading.Thread(target=self._commit, args=what, daemon=True, name="commit").start()
 
     def poll(self) -> Problem | None:
         """Looks, without waiting, whether a background save ended; what there is to tell of it.
@@ -199,6 +198,7 @@ class Checkpoints:
                 self._store.commit(step, record, about)
             done.set_result(None)
         except BaseException as error:
+            hide_orphaned_writes()
             if not processes.is_primary():  # which sees no more than that this one does not come
                 end.write(f"warning: {self._store.not_saved(step, arrays.reason(error))}")
             done.set_exception(error)
@@ -250,10 +250,11 @@ class Checkpoints:
 
     def _enough(self) -> None:
         if self._failure is not None and self._failures >= self._max_failures:
+            remedy = self._failure.fix.partition(";")[0]
             raise CheckpointError(
                 self._failure._replace(
                     fix=f"{self._failures} saves in a row have failed, and the run ends before more"
-                    " is lost: make room on the disk, and start it again"
+                    f" is lost: {remedy}, and start it again"
                 )
             )
 

@@ -16,7 +16,8 @@ _SMALL_BYTES = 2**20
 
 def hide_orphaned_writes() -> None:
     """The writes of a save go on when one of them has failed, and each that ends later prints a
-    trace: nobody waits for it any more. The failure itself is told by `Checkpoints.poll`."""
+    trace: nobody waits for it any more. The failure itself is told by `Checkpoints.poll`. For when
+    a save has failed: the hook is the whole process's."""
     before = sys.unraisablehook
 
     def hook(found: Any) -> None:
