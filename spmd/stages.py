@@ -318,9 +318,8 @@ class Partitioned(Inspection):
     @cached_property
     def _over_limit(self) -> list[Diagnostic]:
         limit = self.options.memory_limit
-        if limit is None or self.peak_memory <= limit:
-            return []
-        return [over_limit(self.peak_memory, limit)]
+        fits = limit is None or self.peak_memory <= limit
+        return [] if fits or limit is None else [over_limit(self.peak_memory, limit)]
 
     @property
     def _avals(self) -> list[Any]:

@@ -15,14 +15,8 @@ from sharding.spec import Layout, Sharding
 from spmd.partition import diagnose
 from spmd.partition.broadcasts import late_broadcasts
 from spmd.partition.choose import (
-    Alternatives,
-    alternatives,
-    choose,
-    expected,
-    forced,
-    makes,
-    needs,
-)
+    Alternatives, alternatives, choose, expected, forced, makes, needs,
+)  # fmt: skip
 from spmd.partition.gathers import shared
 from spmd.partition.loops import improved
 from spmd.partition.plan import (
