@@ -15,8 +15,14 @@ from sharding.spec import Layout, Sharding
 from spmd.partition import diagnose
 from spmd.partition.broadcasts import late_broadcasts
 from spmd.partition.choose import (
-    Alternatives, alternatives, choose, expected, forced, makes, needs,
-)  # fmt: skip
+    Alternatives,
+    alternatives,
+    choose,
+    expected,
+    forced,
+    makes,
+    needs,
+)
 from spmd.partition.gathers import shared
 from spmd.partition.loops import improved
 from spmd.partition.plan import (
@@ -115,13 +121,10 @@ class _Planner:
     def refine(self, layout: Layout) -> Layout:
         """A layout on the user's mesh, on the refined mesh. Axes of one device are left out: XLA
         runs a collective among one device like any other."""
-        single, dims = self.single, layout.dims
-        if single:
-            dims = tuple(tuple(a for a in axes if a not in single) for axes in dims)
+        single = self.single
+        dims = tuple(tuple(a for a in axes if a not in single) for axes in layout.dims)
         if self.mesh is not self.propagated.mesh and self.mesh != self.propagated.mesh:
             dims = tuple(refine_refs(self.propagated.mesh, self.mesh, axes) for axes in dims)
-        if dims is layout.dims:
-            return layout
         return Layout(dims, tuple(p for p in layout.partial if p[0] not in single))
 
     def wanted(self, value: Value) -> Layout:
