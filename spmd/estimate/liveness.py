@@ -13,7 +13,7 @@ from typing import NamedTuple
 from sharding.spec import Layout
 from spmd.estimate.fusion import ANY, Compiler, Held, Name, fusible, held, name
 from spmd.estimate.latency import beside, delayed
-from spmd.estimate.loops import hoisted, stacked
+from spmd.estimate.loops import carried, hoisted
 from spmd.estimate.schedule import scheduled
 from spmd.estimate.tiles import Sizes
 from spmd.estimate.vmem import on_chip
@@ -195,19 +195,22 @@ class _Allocation:
 
     def write(self, line: Line, writes: Sequence[Key]) -> None:
         maker, late = self.computed_with(line), self.written_late(line)
-        free, apart = self.ending(line), stacked(line)
+        free, initial = self.ending(line), carried(line)
         if maker is not None:  # it takes the place of the contraction's result alone
             self.along[line.index] = maker
             free = [b for b in free if name(b.key) in map(name, maker.writes)]
         start = late or (line.index if maker is None else maker.index)
-        free = [b for b in free if name(b.key) not in apart]
         for key in writes:
             size = self.sizes.of(key, line.mesh)
             end = max(self.ends.get(name(key), 0), line.index + 1)
-            place = next((b for b in free if b.bytes == size or name(b.key) in self.aliases), None)
-            if place is None or name(key) in apart:
+            fit = [b for b in free if b.bytes == size or name(b.key) in self.aliases]
+            if initial is not None:
+                start_of = initial.get(name(key))
+                fit = [b for b in fit if start_of and name(b.key) == self.kept.memory_of(start_of)]
+            if not fit:
                 self.buffers[name(key)] = Buffer(key, size, start, end)
                 continue
+            place = fit[0]
             free.remove(place)
             if name(place.key) in self.aliases:
                 size = 0

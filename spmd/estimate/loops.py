@@ -1,4 +1,4 @@
-"""What loops hold beside the values of their steps: what they run over, and what they stack."""
+"""What loops hold beside the values of their steps, and where their results lie."""
 
 from collections.abc import Iterator, Mapping
 
@@ -8,15 +8,21 @@ from spmd.estimate.work import Line
 from spmd.partition.plan import Compute, Key, Move
 
 
-def stacked(line: Line) -> frozenset[Name]:
-    """What a loop runs over, and what it stacks. The one does not take the other's place: its steps
-    still read the one when they write the other."""
+def carried(line: Line) -> Mapping[Name, Key] | None:
+    """Results of a loop -> the initial values that they are carried on from. They take the place of
+    those alone: the steps read all else to the end. None: the line is no loop."""
     op = line.instruction.op if isinstance(line.instruction, Compute) else None
     if op is None or op.control is None:
-        return frozenset()
-    reads = (line.reads[port.outer] for port in op.in_ports if port.stacked)
-    writes = (line.writes[port.outer] for port in op.out_ports if port.stacked)
-    return frozenset(map(name, (*reads, *writes)))
+        return None
+    inner = {(port.region, port.inner): line.reads[port.outer] for port in op.in_ports}
+    outer = {(port.region, port.inner): line.writes[port.outer] for port in op.out_ports}
+    carries = op.control.carries(op)
+    if not carries and not any(port.stacked for port in (*op.in_ports, *op.out_ports)):
+        return None
+    return {
+        name(outer[region, result]): inner[region, start]
+        for region, result, start in carries if (region, result) in outer
+    }  # fmt: skip
 
 
 def hoisted(lines: tuple[Line, ...]) -> Mapping[int, list[tuple[Key, int]]]:

@@ -203,6 +203,9 @@ def test_what_a_loop_stacks_does_not_take_the_place_of_what_it_runs_over() -> No
 
     stage = partition(f, shape(8, 512, 512), mesh={"x": 1})
     assert peak(stage) == 3 * 8 + 1  # x, sorted, the stack, and what a step sorts
+    onto = partition(lambda x, y: lax.scan(lambda c, row: (c + row.sum(), None), y, lax.sort(x))[0],
+                     shape(8, 512, 512), shape(8, 512, 512), mesh={"x": 1})  # fmt: skip
+    assert peak(onto) == pytest.approx(4 * 8)  # x, y, sorted, and the carry beside it
     carry = partition(lambda x: lax.fori_loop(0, 8, lambda _, c: c * 2, lax.sort(x)),
                       shape(8, 512, 512), mesh={"x": 1})  # fmt: skip
     assert peak(carry) == 2 * 8  # the carry takes the place of its initial value

@@ -32,6 +32,10 @@ def peak(stage: Partitioned, compiler: Compiler = V3) -> float:
     return liveness.peak_bytes(stage.plan, (), compiler) / MIB
 
 
+def over_rows(x: Any, y: Any) -> Any:
+    return lax.dot_general(x, y, (((0,), (0,)), ((), ())))
+
+
 def writes(stage: Partitioned, compiler: Compiler = V3) -> list[str]:
     """The primitives whose results are in memory."""
     found = lines(stage.plan)
@@ -64,29 +68,37 @@ def test_what_is_made_of_a_product_takes_no_place_but_the_products() -> None:
         assert liveness.profile(stage.plan, found, (), kept, compiler).peak == size * MIB
 
 
-def _starts(stage: Partitioned, compiler: Compiler = V3) -> dict[str, tuple[int, int]]:
-    """Of what is held: the primitive that makes it -> from which line up to which."""
+def _lives(stage: Partitioned) -> dict[str, tuple[int, int]]:
+    """Of temporaries: the primitive that makes one -> from which line up to which."""
     found = lines(stage.plan)
-    kept = held(stage.plan, found, compiler)
-    memory = liveness.profile(stage.plan, found, (), kept, compiler)
-    made = {b.key.value.op.primitive.name: (b.start, b.end) for b in memory.buffers
-            if b.argument < 0 and b.key.value.op and b.bytes and b.start < b.end}  # fmt: skip
-    return made
+    memory = liveness.profile(stage.plan, found, (), held(stage.plan, found, V3), V3)
+    return {b.key.value.op.primitive.name: (b.start, b.end) for b in memory.buffers
+            if b.argument < 0 and b.key.value.op}  # fmt: skip
 
 
 def test_what_leaves_a_product_is_written_and_its_other_operands_end() -> None:
     def f(x, y, z):
-        ends = lax.rev(lax.sort(z), (0,))
-        made = x @ y + ends
-        return lax.sort(made), made * 2
+        made = (x @ y) * 2 + lax.sort(z)  # the last of what each alone reads of the product
+        return made.sum(0), jnp.square(made).sum(1)
 
     stage = partition(f, *(shape(2048, 2048),) * 3)
-    found = _starts(stage)
+    assert writes(stage) == ["dot_general", "sort", "add", "reduce_sum", "reduce_sum"]
     names = [line.op.primitive.name for line in lines(stage.plan) if line.op]
     product, added = names.index("dot_general"), names.index("add")
-    assert found["add"][0] == added  # in the product's place, which nobody else reads
-    assert found["rev"][1] == added + 1
-    assert found["dot_general"] == (product, added)
+    lives = _lives(stage)
+    assert lives["sort"][1] == added + 1
+    assert lives["dot_general"] == (product, added)  # whose place the sum takes
+    assert lives["add"][0] == added
+
+
+def test_what_is_made_of_a_product_that_others_read_too_is_not_written_with_it() -> None:
+    def f(x, y, z):
+        made = x @ y
+        added = made + z
+        return added.sum(0), jnp.square(added).sum(1), made.sum()
+
+    stage = partition(f, *(shape(2048, 2048),) * 3)
+    assert writes(stage) == ["dot_general", *["reduce_sum"] * 3]
 
 
 def test_what_is_wider_than_a_product_is_not_written_with_it() -> None:
@@ -105,7 +117,7 @@ def test_what_is_made_of_what_leaves_a_product_leaves_with_it() -> None:
 
     stage = partition(f, *(shape(2048, 2048),) * 3)
     names = [line.op.primitive.name for line in lines(stage.plan) if line.op]
-    assert _starts(stage)["max"][0] == names.index("dot_general")
+    assert _lives(stage)["max"][0] == names.index("dot_general")
 
 
 @pytest.mark.parametrize("chip, width, nested", [
@@ -120,19 +132,43 @@ def test_a_product_that_is_quick_is_computed_inside_of_its_only_reader(
     chip: Compiler, width: int, nested: bool
 ) -> None:
     def f(x, up, y):
-        made = jax.nn.gelu(x @ up)
-        return made.T @ y
+        return over_rows(jnp.sin(x @ up), y)
 
     args = shape(4096, width, dtype=BF16), shape(width, 2048, dtype=BF16)
     stage = partition(f, *args, shape(4096, 512, dtype=BF16))
-    assert writes(stage, chip) == ["dot_general"] * (1 if nested else 2)
+    apart = ["dot_general", "sin", "dot_general"]  # the sine takes the place of the product
+    assert writes(stage, chip) == (["dot_general"] if nested else apart)
 
 
-def test_a_product_that_two_read_is_not_computed_inside_of_either() -> None:
+@pytest.mark.parametrize("f, held", [
+    (lambda made, y: (over_rows(made, y), over_rows(made, -y)), ["dot_general"] * 3),
+    (lambda made, y: (over_rows(made, y), made), ["dot_general"] * 2),
+    (lambda made, y: (over_rows(jnp.sin(made), y), made), ["dot_general"] * 2),
+    (lambda made, y: jnp.sort(made) @ jnp.ones((2048, 8), BF16), ["dot_general", "sort"]),
+])  # fmt: skip
+def test_products_that_others_need_are_not_computed_inside_of_a_reader(
+    f: Any, held: list[str]
+) -> None:
+    args = shape(4096, 128, dtype=BF16), shape(128, 2048, dtype=BF16)
+    stage = partition(lambda x, up, y: f(x @ up, y), *args, shape(4096, 512, dtype=BF16))
+    assert writes(stage)[: len(held)] == held
+
+
+def test_what_is_made_of_a_product_and_returned_is_not_computed_twice() -> None:
     def f(x, up, y):
-        made = x @ up
-        return made.T @ y, made.sum()
+        made = jnp.sin(x @ up)
+        return made, over_rows(made, y)
 
     args = shape(4096, 128, dtype=BF16), shape(128, 2048, dtype=BF16)
     stage = partition(f, *args, shape(4096, 512, dtype=BF16))
-    assert writes(stage)[:2] == ["dot_general"] * 2
+    assert writes(stage) == ["dot_general", "sin", "dot_general"]
+
+
+def test_convolutions_are_not_computed_inside_of_their_reader() -> None:
+    def f(x, k):
+        dims = ("NHWC", "HWIO", "NHWC")
+        made = lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=dims)
+        return over_rows(made.reshape(-1, 16), x.reshape(-1, 16))
+
+    stage = partition(f, shape(8, 64, 64, 16), shape(1, 1, 16, 16))
+    assert writes(stage)[::2] == ["conv_general_dilated", "dot_general"]
