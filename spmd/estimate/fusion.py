@@ -1,7 +1,8 @@
 """Which values of a per-device program are held in memory, and which live only inside of a fusion.
 
 Compilers fuse elementwise operations into whoever reads them. A value that only such readers read
-is never written; its readers read what it was made from instead.
+is never written; its readers read what it was made from instead. What is made of a product that
+nobody else reads leaves the matrix units with it, and is written in its place.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -169,8 +170,8 @@ class _Fusion:
         )
 
     def ends(self, key: Key) -> list[Line]:
-        """The first lines that read what is made of a value and are not elementwise; or several
-        where it leaves its region."""
+        """The first lines that read what is made of a value and are not elementwise, or whose result
+        leaves its region."""
         found: dict[int, Line] = {}
         rest, seen = list(self.readers.get(name(key), ())), set[int]()
         while rest:
