@@ -287,9 +287,9 @@ PROGRAMS = [
     *_family("experts v5p", "v5p:2x2x4", EXPERTS, _experts, Sizes(16, 2048, 2048, 8192, 16)),
 ]
 
-# Measured later. They showed what the model lacked: that temporaries of newer chips lie in the core's
-# own memory, what leaves a product and what is computed inside of one, that what a loop stacks has a
-# place of its own, and that few features are padded.
+# Measured later. They showed what the model lacked: that temporaries of newer chips lie in the
+# core's own memory, what leaves a product and what is computed inside of one, that what a loop
+# stacks has a place of its own, and that few features are padded.
 LATER = [
     *_family("convolutions v5e", "v5e:2x4", {
         name: CONVOLUTIONS[name] for name in ("batch", "rows")

@@ -170,8 +170,8 @@ class _Fusion:
         )
 
     def ends(self, key: Key) -> list[Line]:
-        """The first lines that read what is made of a value and are not elementwise, or whose result
-        leaves its region."""
+        """The first lines that read what is made of a value and are not elementwise, or whose
+        result leaves its region."""
         found: dict[int, Line] = {}
         rest, seen = list(self.readers.get(name(key), ())), set[int]()
         while rest:
