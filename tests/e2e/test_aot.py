@@ -50,7 +50,7 @@ def test_what_the_compiler_says_of_a_small_program(small):
 
 @pytest.mark.slow
 def test_what_lies_in_the_cores_own_memory_is_no_part_of_the_peak():
-    def f(x, w):  # XLA's own figure has the product, 32 MiB, and its reader's copy: 100 MiB
+    def f(x, w):  # the product, 32 MiB, is not in the device's memory; XLA's own figure is 100 MiB
         return jax.numpy.sin(x @ w) @ w.T
 
     bf16 = jax.numpy.bfloat16
