@@ -125,8 +125,8 @@ def pairs(results: dict[str, Any]) -> list[tuple[str, str, bool]]:
     found = []
     fitting = [(key, r) for key, r in results.items() if r["compiled"]["fits"]]
     for (a, x), (b, y) in itertools.combinations(fitting, 2):
-        if x["family"] != y["family"]:
-            continue
+        if x["family"] != y["family"] or x["family"].startswith("suite"):
+            continue  # those of the suite are no alternatives of each other
         if x["compiled"]["seconds"] > y["compiled"]["seconds"]:
             (a, x), (b, y) = (b, y), (a, x)
         if y["compiled"]["seconds"] > (1 + APART) * x["compiled"]["seconds"]:

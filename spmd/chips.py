@@ -74,6 +74,11 @@ class Chip:
     overlaps: frozenset[str] = frozenset()
     options: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def offloaded(self) -> frozenset[str]:
+        """Of `overlaps`, the kinds that SparseCores run, in the device's memory."""
+        return self.overlaps - _TPU if self.options else frozenset()
+
     def peak(self, dtype: str) -> float:
         """FLOP/s of matmuls in `dtype`, e.g. "bfloat16".
 

@@ -119,6 +119,9 @@ def _compiled(
         peak = max(needed.needed, float(assignment.total))
     else:
         available = machine.chip.usable_bytes
+        # Where more temporaries lie in the core's own memory than in the device's, XLA's figure is
+        # of those.
+        peak = min(peak, float(assignment.total or peak))
     return Ahead(
         str(machine), str(MeshShape.of(layout.mesh)), machine.devices, needed is None, peak,
         available, assignment.buffers[:64], None if needed else read_schedule(text, layout),

@@ -1,17 +1,20 @@
 """Which values of a per-device program are held in memory, and which live only inside of a fusion.
 
 Compilers fuse elementwise operations into whoever reads them. A value that only such readers read
-is never written; its readers read what it was made from instead.
+is never written; its readers read what it was made from instead. What is made of a product that
+nobody else reads leaves the matrix units with it, and is written in its place.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from jax import lax
+
 from sharding.rule import Kind
 from sharding.spec import Layout
 from spmd.chips import Chip
 from spmd.estimate.tiles import Sizes
-from spmd.estimate.work import Line
+from spmd.estimate.work import Line, rate
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
 
 Name = tuple[int, Layout]
@@ -90,6 +93,7 @@ class _Fusion:
         self.roots: dict[Name, tuple[Key, ...]] = {}
         self.same: dict[Name, Key] = {}
         self.turned: dict[Name, frozenset[Name]] = {}
+        self.products: dict[Name, int] = {}  # what one line alone reads of a product -> its bytes
 
     def run(self) -> Held:
         writes: list[tuple[Key, ...]] = []
@@ -100,6 +104,7 @@ class _Fusion:
             turned.append(self.turn(line, sources))
             writes.append(tuple(key for key in line.writes if not self.fused(line, key, sources)))
             reads.append(sources)
+            self.made(line)
         return Held(tuple(writes), tuple(reads), self.same, self.sums, tuple(turned))
 
     def sources(self, line: Line) -> tuple[Key, ...]:
@@ -116,6 +121,8 @@ class _Fusion:
         whole = _itself(line.reads[0], self.roots, self.same) if _identity(line) else None
         if whole is not None:
             self.same[name(key)] = whole
+        elif self.nested(line, key):
+            pass  # its readers read its operands
         elif name(key) in self.leaving or not self.absorbed(line, key, sources):
             return False
         self.roots[name(key)] = sources
@@ -127,10 +134,66 @@ class _Fusion:
         readers = self.readers.get(name(key), ())
         if self.sizes.packed(key, line.mesh) or _dear(line, key, sources, self.readers):
             return False
+        if self.leaves(line, key):
+            return False
         return all(
             reader.parent == line.parent and _takes_in(reader, self.compiler.into_dots)
             for reader in readers
         )
+
+    def leaves(self, line: Line, key: Key) -> bool:
+        """Whether it is what leaves the matrix units of a product: the last in a row of elementwise
+        operations of which each alone reads the one before. It is written in the product's place,
+        and what else it is made of is not needed any more."""
+        products = [self.products[name(k)] for k in line.reads if name(k) in self.products]
+        size = self.sizes.of(key, line.mesh)
+        if not products or size > max(products):
+            return False
+        following = self.readers.get(name(key), ())
+        if len(following) == 1 and fusible(following[0]) and following[0].parent == line.parent:
+            self.products[name(key)] = max(products)
+            return False
+        return True
+
+    def nested(self, line: Line, key: Key) -> bool:
+        """Whether a product is computed inside of the only one that reads what is made of it: where
+        it takes longer to write and to read again than to multiply."""
+        chip = self.compiler.chip
+        if chip is None or not line.contracts or line.wires or _convolves(line):
+            return False
+        moved = 2 * key.local_bytes(line.mesh) / chip.hbm_bandwidth
+        if name(key) in self.leaving or line.flops.total / rate(line, chip) > moved:
+            return False
+        ends = self.ends(key)
+        return len(ends) == 1 and all(
+            end.contracts and not end.wires and end.parent == line.parent for end in ends
+        )
+
+    def ends(self, key: Key) -> list[Line]:
+        """The first lines that read what is made of a value and are not elementwise, or whose
+        result leaves its region."""
+        found: dict[int, Line] = {}
+        rest, seen = list(self.readers.get(name(key), ())), set[int]()
+        while rest:
+            line = rest.pop()
+            if line.index in seen:
+                continue
+            seen.add(line.index)
+            if not fusible(line) or any(name(k) in self.leaving for k in line.writes):
+                found[line.index] = line
+            else:
+                rest += [r for k in line.writes for r in self.readers.get(name(k), ())]
+        return list(found.values())
+
+    def made(self, line: Line) -> None:
+        """Notes a product that one line alone reads."""
+        if not self.compiler.into_dots or not line.contracts:
+            return
+        for key in line.writes:
+            readers = self.readers.get(name(key), ())
+            alone = len(readers) == 1 and readers[0].parent == line.parent
+            if alone and name(key) not in self.leaving and name(key) not in self.roots:
+                self.products[name(key)] = self.sizes.of(key, line.mesh)
 
     def turn(self, line: Line, sources: tuple[Key, ...]) -> frozenset[Name]:
         """The sources whose dims come in another order in what a line reads."""
@@ -257,6 +320,11 @@ def _takes_in(reader: Line, into_dots: bool) -> bool:
     if reader.contracts:  # what such a line does of its own without communicating is its operation
         return into_dots and _reduces(reader)
     return found.op.rule.local is None and _reduces(reader)
+
+
+def _convolves(line: Line) -> bool:
+    found = line.instruction
+    return isinstance(found, Compute) and found.op.primitive is lax.conv_general_dilated_p
 
 
 def _reduces(line: Line) -> bool:

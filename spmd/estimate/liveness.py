@@ -4,14 +4,16 @@ Buffers are reused as compilers reuse them: an elementwise result takes the plac
 ends there, a loop's result that of its initial value, a donated argument that of its successor.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sharding.program import Value
 from sharding.spec import Layout
 from spmd.estimate.fusion import ANY, Compiler, Held, Name, fusible, held, name
 from spmd.estimate.latency import beside, delayed
+from spmd.estimate.loops import carried, hoisted
 from spmd.estimate.schedule import scheduled
 from spmd.estimate.tiles import Sizes
 from spmd.estimate.vmem import on_chip
@@ -72,12 +74,11 @@ def profile(
       donated: per input of the program, whether its buffer may be reused.
       kept: `held(plan, lines, compiler)`.
     """
-    buffers = _Allocation(plan, lines, kept, donated, compiler).run()
+    allocation = _Allocation(plan, lines, kept, donated, compiler)
+    buffers = allocation.run()
     if compiler.chip is not None and compiler.chip.vmem_bytes:
-        temporary = [b for b in buffers if b.argument < 0 and not b.result]
-        kept_inside = on_chip(temporary, len(lines), compiler.chip.vmem_bytes)
-        rest = [b for i, b in enumerate(temporary) if i not in kept_inside]
-        buffers = [*(b for b in buffers if b.argument >= 0 or b.result), *rest]
+        inside = _on_chip(buffers, allocation.offloaded, lines, kept, compiler.chip.vmem_bytes)
+        buffers = [buffer for i, buffer in enumerate(buffers) if i not in inside]
     changes = [0] * (len(lines) + 2)
     for buffer in buffers:
         changes[buffer.start] += buffer.bytes
@@ -88,6 +89,21 @@ def profile(
         over.append(now)
     at = max(range(len(over)), key=over.__getitem__)
     return Profile(tuple(buffers), tuple(over), over[at], at)
+
+
+def _on_chip(
+    buffers: Sequence[Buffer], offloaded: AbstractSet[Name], lines: Sequence[Line], kept: Held,
+    capacity: float,
+) -> frozenset[int]:  # fmt: skip
+    """Numbers of the temporaries that lie in the core's own memory."""
+    readers = Counter(name(key) for line in lines for key in kept.reads[line.index])
+    candidates = [
+        i for i, buffer in enumerate(buffers)
+        if buffer.argument < 0 and not buffer.result and name(buffer.key) not in offloaded
+    ]  # fmt: skip
+    temporaries = [buffers[i] for i in candidates]
+    moved = [b.bytes * (1 + readers[name(b.key)]) for b in temporaries]
+    return frozenset(candidates[i] for i in on_chip(temporaries, moved, len(lines), capacity))
 
 
 # Steps of a reshard whose result has the size of their operand, and takes its place.
@@ -105,14 +121,17 @@ class _Allocation:
         self.compiler = compiler
         self.makers = {name(key): line for line in lines for key in kept.writes[line.index]}
         self.sizes = Sizes(lines, compiler.tiled)
+        self.vmem = compiler.chip.vmem_bytes if compiler.chip else 0.0
         self.in_place = _IN_PLACE - compiler.beside
-        self.hoisted = _hoisted(lines) if compiler.hoists else {}
+        self.hoisted = hoisted(lines) if compiler.hoists else {}
         self.after = _after(lines)
         self.ends = self._ends()
         self.buffers: dict[Name, Buffer] = {}
         self.done: list[Buffer] = []
+        self.along: dict[int, Line] = {}  # line -> the contraction that it is computed with
         # Buffers that stand in another one's place: they cost nothing of their own.
         self.aliases: set[Name] = set()
+        self.offloaded = self._offloaded()
         self.laid_out: set[Name] = set()  # arguments that are copied for convolutions
 
     def run(self) -> list[Buffer]:
@@ -165,19 +184,33 @@ class _Allocation:
             ends[self.kept.memory_of(key)] = len(self.lines) + 1
         return ends
 
+    def _offloaded(self) -> frozenset[Name]:
+        """What SparseCores read or write: it is not in the core's own memory."""
+        kinds = self.compiler.chip.offloaded if self.compiler.chip else frozenset()
+        moves = (line for line in self.lines if isinstance(line.instruction, Move)
+                 and any(wire.kind in kinds for wire in line.wires))  # fmt: skip
+        return frozenset(
+            self.kept.memory_of(key) for line in moves for key in (*line.reads, *line.writes)
+        )
+
     def write(self, line: Line, writes: Sequence[Key]) -> None:
         maker, late = self.computed_with(line), self.written_late(line)
-        free = self.ending(line)
+        free, initial = self.ending(line), carried(line)
         if maker is not None:  # it takes the place of the contraction's result alone
+            self.along[line.index] = maker
             free = [b for b in free if name(b.key) in map(name, maker.writes)]
         start = late or (line.index if maker is None else maker.index)
         for key in writes:
             size = self.sizes.of(key, line.mesh)
             end = max(self.ends.get(name(key), 0), line.index + 1)
-            place = next((b for b in free if b.bytes == size or name(b.key) in self.aliases), None)
-            if place is None:
+            fit = [b for b in free if b.bytes == size or name(b.key) in self.aliases]
+            if initial is not None:
+                start_of = initial.get(name(key))
+                fit = [b for b in fit if start_of and name(b.key) == self.kept.memory_of(start_of)]
+            if not fit:
                 self.buffers[name(key)] = Buffer(key, size, start, end)
                 continue
+            place = fit[0]
             free.remove(place)
             if name(place.key) in self.aliases:
                 size = 0
@@ -194,6 +227,8 @@ class _Allocation:
         reads = map(name, self.kept.reads[line.index])
         makers = [self.makers[found] for found in reads if found in self.makers]
         last = max(makers, key=lambda maker: maker.index, default=None)
+        if last is not None and not last.contracts:  # what is made of that in turn leaves with it
+            last = self.along.get(last.index)
         if last is None or last.parent != line.parent or not last.contracts:
             return None
         between = self.lines[last.index + 1 : line.index]
@@ -237,7 +272,8 @@ class _Allocation:
     def turn(self, line: Line) -> None:
         """Collectives beside computation leave their results with dims in the order of the program,
         as arguments come. An argument that meets one whose dims are turned is copied to that order,
-        while the collective runs."""
+        while the collective runs; a donated one that fits the core's own memory through that, into
+        its own place."""
         turned = self.kept.turned[line.index]
         movers = [m for m in map(self.makers.get, turned) if m and beside(m, self.compiler)]
         if not movers or not fusible(line):
@@ -245,7 +281,9 @@ class _Allocation:
         start, size = min(m.index for m in movers), self.sizes.of(line.writes[0], line.mesh)
         for key in self.kept.reads[line.index]:
             found = self.buffers.get(name(key))
-            if found and found.argument >= 0 and found.bytes == size and name(key) not in turned:
+            if not found or found.argument < 0 or found.bytes != size or name(key) in turned:
+                continue
+            if found.end > len(self.lines) or size > self.vmem:
                 self.done.append(Buffer(key, size, start, line.index + 1))
 
     def enter(self, line: Line) -> None:
@@ -265,53 +303,6 @@ class _Allocation:
 
 def _regions(line: Line) -> bool:
     return isinstance(line.instruction, Compute) and bool(line.instruction.regions)
-
-
-def _hoisted(lines: tuple[Line, ...]) -> Mapping[int, list[tuple[Key, int]]]:
-    """Per loop, operands that it runs over and that all its steps read in a narrower dtype alone,
-    with the bytes of a converted copy of the whole."""
-    readers: dict[tuple[int, int], list[Line]] = {}
-    for line in lines:
-        for key in line.reads:
-            readers.setdefault((line.parent, key.value.id), []).append(line)
-    found: dict[int, list[tuple[Key, int]]] = {}
-    for line in lines:
-        for outer, inner, stacked in _inner_values(line):
-            width = _narrower(inner, line, readers) if stacked else 0
-            if width:
-                size = outer.local_bytes(line.mesh) * width // outer.value.itemsize
-                found.setdefault(line.index, []).append((outer, size))
-    return found
-
-
-def _inner_values(line: Line) -> Iterator[tuple[Key, Value, bool]]:
-    """The operands of a line with regions, what they are called inside, and whether it runs over
-    them."""
-    op = line.instruction.op if isinstance(line.instruction, Compute) else None
-    if op is not None and op.control is not None:
-        for port in op.in_ports:
-            inner = op.regions[port.region].inputs[port.inner]
-            yield line.reads[port.outer], inner, port.stacked
-
-
-def _narrower(value: Value, inside: Line, readers: Mapping[tuple[int, int], list[Line]]) -> int:
-    """The bytes per element to which all readers in a region convert a value; 0 where one does
-    not."""
-    width = 0
-    for line in readers.get((inside.index, value.id), ()):
-        inner = [v for key, v, _ in _inner_values(line) if key.value is value]
-        if inner:
-            found = min(_narrower(v, line, readers) for v in inner)
-        elif isinstance(line.instruction, Move) or len(line.reads) != 1 or not fusible(line):
-            found = 0
-        else:
-            made = line.writes[0].value
-            alike = made.shape == value.shape and made.itemsize < value.itemsize
-            found = made.itemsize if alike else 0
-        if not found:
-            return 0
-        width = max(width, found)
-    return width
 
 
 def _after(lines: tuple[Line, ...]) -> list[int]:

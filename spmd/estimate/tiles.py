@@ -10,13 +10,15 @@ from functools import lru_cache
 from itertools import permutations
 from math import prod
 
+from jax import lax
+
 from sharding.mesh import MeshShape
 from sharding.rule import Kind
 from spmd.estimate.work import Line
 from spmd.partition.plan import Compute, Key
 
 COLUMNS, ROWS = 128, 8
-BITS = 32  # of a word
+WORDS = (8, 16, 32)  # bits of an element that masks are packed into
 
 Shape = tuple[int, ...]
 
@@ -49,12 +51,12 @@ class Sizes:
 
     def packed(self, key: Key, mesh: MeshShape) -> bool:
         """Whether XLA keeps a mask of activations (where a ReLU lets its operand pass) rather than
-        those: where a spatial dim has as many elements as a word has bits, it packs them."""
+        those: where a spatial dim has as many elements as some word has bits, it packs them."""
         shape = _local_shape(key, mesh)
         others = self.activations.get(shape)
         if others is None or str(key.value.dtype) != "bool":
             return False
-        return any(n == BITS for d, n in enumerate(shape) if d not in others)
+        return any(n in WORDS for d, n in enumerate(shape) if d not in others)
 
     def moved(self, key: Key, mesh: MeshShape) -> bool:
         """Whether a value is laid out for convolutions, other than an argument of its shape."""
@@ -72,9 +74,15 @@ def _activations(lines: Sequence[Line]) -> Iterator[tuple[Shape, tuple[int, int]
         if not line.contracts or not isinstance(found, Compute):
             continue
         rule = found.op.rule
+        convolves = found.op.primitive is lax.conv_general_dilated_p
+        over = {
+            f for f, factor in rule.factors.items()
+            # a kernel of a single element passes over the spatial dims, d0, d1 ...
+            if factor.kind is Kind.PERMUTE or convolves and factor.kind is Kind.PASS and f[0] == "d"
+        }  # fmt: skip
         keys = (*found.operands, *found.results)
         for key, dims in zip(keys, (*rule.operands, *rule.results), strict=True):
-            spatial = [any(rule.factors[f].kind is Kind.PERMUTE for f in names) for names in dims]
+            spatial = [any(f in over for f in names) for names in dims]
             others = [d for d, is_spatial in enumerate(spatial) if not is_spatial]
             if any(spatial) and len(others) == 2:
                 yield _local_shape(key, line.mesh), (others[0], others[1])

@@ -10,15 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax
-
 from spmd.chips import Chip
 from spmd.estimate.fusion import Held, Name, name
-from spmd.estimate.work import Line
+from spmd.estimate.work import Line, rate
 from spmd.hardware import Machine, MachineLayout
 from spmd.partition.plan import Compute, Move, ProgramPlan
-
-_DEFAULT = jax.lax.Precision.DEFAULT
 
 
 class Span(NamedTuple):
@@ -197,14 +193,3 @@ def traffic(line: Line, kept: Held) -> float:
                 if k.value.rank and k.value.dtype == found.results[0].value.dtype]  # fmt: skip
         return 2.0 * min(data, default=0.0)
     return sum(sizes)
-
-
-def rate(line: Line, chip: Chip) -> float:
-    """FLOP/s of a contraction: of its operands' dtype, or the nearest that the chip multiplies."""
-    found, known = line.instruction, dict(chip.flops)
-    assert isinstance(found, Compute)
-    dtype = str(found.operands[0].value.dtype)
-    exact = found.op.params.get("precision") not in (None, _DEFAULT, (_DEFAULT, _DEFAULT))
-    if chip.family == "tpu" and not exact and dtype == "float32":
-        dtype = "bfloat16"  # XLA's default on TPUs: one pass in bfloat16
-    return known.get(dtype, known.get("float32", chip.flops[0][1]))

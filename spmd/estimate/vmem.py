@@ -1,6 +1,6 @@
 """Which temporaries XLA keeps in a core's own memory, so that they take nothing of the device's.
 
-It prefers what lives for a short time: of that fits most, and each is written and read soon.
+It prefers those of which most bytes are written and read: that is what it saves.
 """
 
 from collections.abc import Sequence
@@ -19,17 +19,23 @@ class Lived(Protocol):
 
 
 class _Offer(NamedTuple):
-    lines: int
+    left: int  # less than nothing: bytes that are not moved to and from the device's memory
     start: int
     number: int
 
 
-def on_chip(candidates: Sequence[Lived], lines: int, capacity: float) -> frozenset[int]:
-    """Numbers of the candidates that are kept in `capacity` bytes, over a program of `lines`."""
+def on_chip(
+    candidates: Sequence[Lived], moved: Sequence[int], lines: int, capacity: float
+) -> frozenset[int]:
+    """Numbers of the candidates that are kept in `capacity` bytes, over a program of `lines`.
+
+    Args:
+      moved: per candidate, bytes that are written of it and read.
+    """
     free = [capacity] * (lines + 2)
     chosen: set[int] = set()
     offers = sorted(
-        _Offer(buffer.end - buffer.start, buffer.start, i)
+        _Offer(-moved[i], buffer.start, i)
         for i, buffer in enumerate(candidates) if 0 < buffer.bytes <= capacity
     )  # fmt: skip
     for _, start, i in offers:

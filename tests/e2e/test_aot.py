@@ -50,6 +50,18 @@ def test_what_the_compiler_says_of_a_small_program(small):
 
 
 @pytest.mark.slow
+def test_what_lies_in_the_cores_own_memory_is_no_part_of_the_peak():
+    def f(x, w):  # the product, 32 MiB, is not in the device's memory; XLA's own figure is 100 MiB
+        return jax.numpy.sin(x @ w) @ w.T
+
+    bf16 = jax.numpy.bfloat16
+    args = (jax.ShapeDtypeStruct((4096, 1024), bf16), jax.ShapeDtypeStruct((1024, 16384), bf16))
+    specs = (jax.P("x"), jax.P())
+    found = spmd.aot(f, *args, mesh={"x": 4}, topology="v5e:2x2", in_shardings=specs)
+    assert found.needed_bytes / 2**20 == pytest.approx(2 + 32 + 2, abs=0.1)
+
+
+@pytest.mark.slow
 def test_the_schedule_has_every_collective_of_the_program(small):
     found = {(t.kind, t.axes): 0 for t in small.transfers}
     for t in small.transfers:

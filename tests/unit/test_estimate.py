@@ -197,6 +197,20 @@ def test_contractions_take_elementwise_operands_in_on_tpus_alone() -> None:
     assert liveness.peak_bytes(stage.plan, compiler=Compiler(into_dots=False)) == 4 * MIB
 
 
+def test_what_a_loop_stacks_does_not_take_the_place_of_what_it_runs_over() -> None:
+    def f(x):  # the steps still read the one when they write the other
+        return lax.scan(lambda c, row: (c, lax.sort(row)), 0.0, lax.sort(x))[1]
+
+    stage = partition(f, shape(8, 512, 512), mesh={"x": 1})
+    assert peak(stage) == 3 * 8 + 1  # x, sorted, the stack, and what a step sorts
+    onto = partition(lambda x, y: lax.scan(lambda c, row: (c + row.sum(), None), y, lax.sort(x))[0],
+                     shape(8, 512, 512), shape(8, 512, 512), mesh={"x": 1})  # fmt: skip
+    assert peak(onto) == pytest.approx(4 * 8)  # x, y, sorted, and the carry beside it
+    carry = partition(lambda x: lax.fori_loop(0, 8, lambda _, c: c * 2, lax.sort(x)),
+                      shape(8, 512, 512), mesh={"x": 1})  # fmt: skip
+    assert peak(carry) == 2 * 8  # the carry takes the place of its initial value
+
+
 def test_weights_of_a_loop_are_converted_before_it() -> None:
     def f(x, ws):
         layer = jax.checkpoint(lambda x, w: (x @ w.astype(jnp.bfloat16), None))
