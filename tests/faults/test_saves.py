@@ -107,11 +107,14 @@ def test_writes_that_end_after_their_save_has_failed_print_no_trace(monkeypatch)
     assert sys.unraisablehook is hook is not before
     loop = asyncio.new_event_loop()
     loop.close()
-    for fails in (lambda: loop.call_soon_threadsafe(print), lambda: int("x")):
-        with pytest.raises((RuntimeError, ValueError)) as error:
-            fails()
-        hook(SimpleNamespace(exc_value=error.value, exc_traceback=error.value.__traceback__))
-    assert told == ["invalid literal for int() with base 10: 'x'"]
+    with pytest.raises(RuntimeError) as error:
+        loop.call_soon_threadsafe(print)
+    ours = error.value.__traceback__
+    assert ours is not None
+    # Storage calls the loop itself: what is of this test is not in its trace.
+    for trace in (ours.tb_next, ours):
+        hook(SimpleNamespace(exc_value=error.value, exc_traceback=trace))
+    assert told == ["Event loop is closed"]
 
 
 def test_a_step_that_is_there_is_not_written_again(checkpoints):

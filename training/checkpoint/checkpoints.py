@@ -56,6 +56,7 @@ class Checkpoints:
         # Orbax logs each write that failed with its trace; `poll` tells it in three lines.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+        hide_orphaned_writes()
 
     def latest(self) -> int | None:
         """The newest step that is listed, or None; `find` tells whether it can be read."""
@@ -138,7 +139,6 @@ class Checkpoints:
             what = (self._done, step, copied, dict(record), dict(self.about))
             threading.Thread(target=self._commit, args=what, daemon=True, name="commit").start()
         except Exception as error:  # Orbax raises whatever its storage raised
-            hide_orphaned_writes()
             self._done.set_exception(error)
 
     def poll(self) -> Problem | None:
@@ -198,7 +198,6 @@ class Checkpoints:
                 self._store.commit(step, record, about)
             done.set_result(None)
         except BaseException as error:
-            hide_orphaned_writes()
             if not processes.is_primary():  # which sees no more than that this one does not come
                 end.write(f"warning: {self._store.not_saved(step, arrays.reason(error))}")
             done.set_exception(error)

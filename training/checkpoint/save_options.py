@@ -16,18 +16,16 @@ _SMALL_BYTES = 2**20
 
 def hide_orphaned_writes() -> None:
     """The writes of a save go on when one of them has failed, and each that ends later prints a
-    trace: nobody waits for it any more. The failure itself is told by `Checkpoints.poll`. For when
-    a save has failed: the hook is the whole process's."""
+    trace: nobody waits for it any more. The failure itself is told by `Checkpoints.poll`. Storage
+    that is no Python calls the closed loop, so that nothing of Python is before it in the trace."""
     before = sys.unraisablehook
 
     def hook(found: Any) -> None:
         trace = found.exc_traceback
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
         orphaned = (
             isinstance(found.exc_value, RuntimeError)
             and trace is not None
-            and trace.tb_frame.f_code.co_filename == base_events.__file__
+            and trace.tb_frame.f_code is base_events.BaseEventLoop.call_soon_threadsafe.__code__
         )
         if not orphaned:
             before(found)
