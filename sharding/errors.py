@@ -93,6 +93,11 @@ def merged(problems: Sequence[Problem]) -> list[Problem]:
     ]
 
 
+def printable(text: str) -> str:
+    """What a user wrote, as messages repeat it: without control characters."""
+    return text if text.isprintable() else repr(text)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the closest known name, or the empty string."""
     close = get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -82,6 +82,7 @@ class Rule:
       expands: the result is a larger copy of the operand: operands hear of results early, results
         of operands last.
       once: pointwise, but too dear to be computed again for each reader.
+      spatial: factors that the kernel of a convolution passes over.
       annotation: the user's spec on the result, not yet resolved against axis rules and mesh.
       flops: floating-point operations per element of the iteration space.
     """
@@ -98,6 +99,7 @@ class Rule:
     identity: bool = False
     alone: Mapping[str, frozenset[str]] = field(default_factory=dict)
     divided: frozenset[str] = frozenset()
+    spatial: frozenset[str] = frozenset()
     elementary: bool = False
     owned: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     masked: bool = True

@@ -12,7 +12,7 @@ from spmd.partition.saved import save_gathers, sent
 from spmd.target import compiler_of, suited
 
 # Passes that send less for memory, in the order in which they are given up where there is none.
-_FOR_MEMORY = ((), ("loop_invariants",), ("loop_sums",), ("loop_invariants", "loop_sums"))
+_FOR_MEMORY = (("loop_invariants",), ("loop_sums",), ("loop_invariants", "loop_sums"))
 
 
 def make_suited_plan(
@@ -44,7 +44,7 @@ def make_suited_plan(
     if peak(plan) > limit:
         others = [planned(without=without) for without in _FOR_MEMORY]
         fitting = [other for other in others if peak(other) <= limit]
-        return min(fitting, key=sent) if fitting else min(others, key=peak)
+        return min(fitting, key=sent) if fitting else min([plan, *others], key=peak)
     return save_gathers(plan, planned, peak, limit) if options.on("saved_gathers") else plan
 
 

@@ -318,8 +318,9 @@ class Partitioned(Inspection):
     @cached_property
     def _over_limit(self) -> list[Diagnostic]:
         limit = self.options.memory_limit
-        fits = limit is None or self.peak_memory <= limit
-        return [] if fits or limit is None else [over_limit(self.peak_memory, limit)]
+        if limit is None or self.peak_memory <= limit:
+            return []
+        return [over_limit(self.peak_memory, limit)]
 
     @property
     def _avals(self) -> list[Any]:
@@ -357,8 +358,7 @@ class Partitioned(Inspection):
         return [keep or self.plan.program.uses[v.id] > 0 for v in inputs]
 
     def warn(self) -> None:
-        """Says what was done to annotated dims that do not divide, and which memory there is too
-        little of; once, when it is first used."""
+        """Says, at the first use, which annotated dims do not divide, and what is too large."""
         annotated = {str(v) for v, s in self.propagated.traced.annotations}
         shortened = (*self.propagated._inputs[1], *self.propagated._outputs[1])
         for diagnostic in (*(d for d in shortened if d.value in annotated), *self._over_limit):

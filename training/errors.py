@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sharding.errors import SpmdError
+from sharding.errors import SpmdError, printable
 
 __all__ = [
     "CheckpointError",
@@ -56,9 +56,7 @@ class StalledError(TrainingError):
 
 def quoted(text: object) -> str:
     """A user's text as messages repeat it: on one line, without control characters, not endless."""
-    found = str(text)
-    if not found.isprintable():
-        found = repr(found)
+    found = printable(str(text))
     return found if len(found) <= _LONGEST else f"{found[: _LONGEST - 3]}..."
 
 

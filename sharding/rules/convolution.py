@@ -50,6 +50,7 @@ def _convolution(op: OpInfo) -> Rule:
     return Rule(
         (dims(left), dims(right)), (dims(result),), factors,
         linear=((0,), (1,)), local=_local_convolution, always=0 in (*lhs, *rhs), flops=flops,
+        spatial=frozenset(f"d{i}" for i in range(len(lhs) - 2)),
     )  # fmt: skip
 
 

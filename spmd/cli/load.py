@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from sharding.errors import MeshError, Problem, SpmdError, did_you_mean
+from sharding.errors import MeshError, Problem, SpmdError, did_you_mean, printable
 from sharding.mesh import MeshShape
 from spmd.hardware import Machine, wrong_slices
 from spmd.mesh_text import parse_mesh, read_across
@@ -121,7 +121,7 @@ def read_mesh(text: str) -> MeshShape:
     Raises:
       UsageError: all that is wrong with it.
     """
-    mesh, problems = parse_mesh(text, f"--mesh {text if text.isprintable() else repr(text)}")
+    mesh, problems = parse_mesh(text, f"--mesh {printable(text)}")
     if problems:
         raise UsageError(*problems)
     return MeshShape(tuple(mesh.items()), across=tuple(read_across(text, mesh).items()))

@@ -8,8 +8,6 @@ nobody else reads leaves the matrix units with it, and is written in its place.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from jax import lax
-
 from sharding.rule import Kind
 from sharding.spec import Layout
 from spmd.chips import Chip
@@ -323,8 +321,8 @@ def _takes_in(reader: Line, into_dots: bool) -> bool:
 
 
 def _convolves(line: Line) -> bool:
-    found = line.instruction
-    return isinstance(found, Compute) and found.op.primitive is lax.conv_general_dilated_p
+    rule = line.instruction.rule if isinstance(line.instruction, Compute) else None
+    return rule is not None and bool(rule.spatial)
 
 
 def _reduces(line: Line) -> bool:

@@ -10,8 +10,6 @@ from functools import lru_cache
 from itertools import permutations
 from math import prod
 
-from jax import lax
-
 from sharding.mesh import MeshShape
 from sharding.rule import Kind
 from spmd.estimate.work import Line
@@ -74,11 +72,10 @@ def _activations(lines: Sequence[Line]) -> Iterator[tuple[Shape, tuple[int, int]
         if not line.contracts or not isinstance(found, Compute):
             continue
         rule = found.op.rule
-        convolves = found.op.primitive is lax.conv_general_dilated_p
         over = {
             f for f, factor in rule.factors.items()
-            # a kernel of a single element passes over the spatial dims, d0, d1 ...
-            if factor.kind is Kind.PERMUTE or convolves and factor.kind is Kind.PASS and f[0] == "d"
+            # a kernel of a single element passes over the spatial dims
+            if factor.kind is Kind.PERMUTE or f in rule.spatial and factor.kind is Kind.PASS
         }  # fmt: skip
         keys = (*found.operands, *found.results)
         for key, dims in zip(keys, (*rule.operands, *rule.results), strict=True):

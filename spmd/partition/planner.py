@@ -121,9 +121,11 @@ class _Planner:
     def refine(self, layout: Layout) -> Layout:
         """A layout on the user's mesh, on the refined mesh. Axes of one device are left out: XLA
         runs a collective among one device like any other."""
-        single = self.single
+        single, refined = self.single, self.mesh is not self.propagated.mesh
+        if not single and not refined:
+            return layout
         dims = tuple(tuple(a for a in axes if a not in single) for axes in layout.dims)
-        if self.mesh is not self.propagated.mesh and self.mesh != self.propagated.mesh:
+        if refined and self.mesh != self.propagated.mesh:
             dims = tuple(refine_refs(self.propagated.mesh, self.mesh, axes) for axes in dims)
         return Layout(dims, tuple(p for p in layout.partial if p[0] not in single))
 

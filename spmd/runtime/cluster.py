@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sharding._jax import distributed
-from sharding.errors import Problem, SpmdError, did_you_mean
+from sharding.errors import Problem, SpmdError, did_you_mean, printable
 from spmd.simulate import accelerators
 
 __all__ = ["Asked", "Cluster", "ClusterError", "find_cluster"]
@@ -135,12 +135,13 @@ def _wrong(asked: Asked) -> list[Problem]:
     known = ("auto", "none", *distributed.engines())
     if asked.cluster not in known:
         why = f"JAX knows no such cluster{did_you_mean(asked.cluster, known)}"
-        what, fix = f"--cluster {_shown(asked.cluster)}", f"the choices are {', '.join(known)}"
+        what, fix = f"--cluster {printable(asked.cluster)}", f"the choices are {', '.join(known)}"
         problems.append(Problem(what, why, fix))
     for flag, text in (("coordinator", asked.coordinator), ("coordinator-bind", asked.bind)):
         if text and not _is_address(text, port_needed=flag == "coordinator"):
             fix = "write it like node0:8476, 10.0.0.1:8476 or [fd00::1]:8476"
-            problems.append(Problem(f"--{flag} {_shown(text)}", "it is not a host and a port", fix))
+            what = f"--{flag} {printable(text)}"
+            problems.append(Problem(what, "it is not a host and a port", fix))
     if asked.num_processes < 0:
         what = f"--num-processes {asked.num_processes}"
         problems.append(Problem(what, "a run has at least one process", "use 1 or more"))
@@ -149,11 +150,6 @@ def _wrong(asked: Asked) -> list[Problem]:
         why = f"--num-processes {asked.num_processes} are numbered from 0"
         problems.append(Problem(what, why, f"use 0 to {asked.num_processes - 1}"))
     return problems
-
-
-def _shown(text: str) -> str:
-    """What a user wrote, without control characters."""
-    return text if text.isprintable() else repr(text)
 
 
 def _is_address(text: str, port_needed: bool) -> bool:

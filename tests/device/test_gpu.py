@@ -22,6 +22,8 @@ import sharding
 import spmd
 from benchmarks.suite import registry
 from benchmarks.suite.case import RUNS
+from benchmarks.suite.measure import peak_bytes
+from benchmarks.suite.targets import on_one
 from spmd.reporting.hlo import collectives_in_hlo
 from tests.oracle import check, make_mesh
 
@@ -112,7 +114,7 @@ def test_programs_cost_what_they_cost_without_us(name: str) -> None:
     """On one device: the same result, the same memory within 2 %, no collectives."""
     (program,) = registry.matching(f"^{name}$")
     case = program.make(RUNS)
-    alone = make_mesh(**dict.fromkeys(case.mesh, 1))
+    alone = on_one(case.mesh)
     args = case.draw()
     with jax.set_mesh(alone):
         plain = jax.jit(case.fun).lower(*case.args).compile()
@@ -124,7 +126,8 @@ def test_programs_cost_what_they_cost_without_us(name: str) -> None:
             assert np.linalg.norm(got - want) <= 2e-3 * max(float(np.linalg.norm(want)), 1e-6)
     moving = [each.kind for each in collectives_in_hlo(ours.as_text())]
     assert not moving
-    assert _bytes(ours) <= 1.02 * _bytes(plain)
+    ours_bytes, plain_bytes = (peak_bytes(c.memory_analysis(), False) for c in (ours, plain))
+    assert ours_bytes <= 1.02 * plain_bytes
 
 
 def test_a_large_layer_is_as_fast_as_with_jax_jit() -> None:
@@ -147,8 +150,3 @@ def test_a_large_layer_is_as_fast_as_with_jax_jit() -> None:
     found = {name: float(np.median(each[5:])) for name, each in times.items()}
     assert found["ours"] <= 1.05 * found["plain"], found
 
-
-def _bytes(compiled: Any) -> int:
-    stats = compiled.memory_analysis()
-    return (stats.argument_size_in_bytes + stats.output_size_in_bytes + stats.temp_size_in_bytes
-            - stats.alias_size_in_bytes)  # fmt: skip

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 import spmd
 from benchmarks.suite import registry
 from benchmarks.suite.case import RUNS
+from benchmarks.suite.targets import on_one
 from sharding import shard
 from spmd.reporting.hlo import collectives_in_hlo
 from tests.oracle import check, kinds, make_mesh
@@ -27,7 +28,7 @@ def test_a_program_on_one_device_has_no_collectives(name: str) -> None:
     (program,) = registry.matching(f"^{name}$")
     case = program.make(RUNS)
     partitioned = spmd.jit(
-        case.fun, mesh=make_mesh(**dict.fromkeys(case.mesh, 1)), axis_rules=case.axis_rules,
+        case.fun, mesh=on_one(case.mesh), axis_rules=case.axis_rules,
         in_shardings=case.in_specs, out_shardings=case.out_specs,
     ).trace(*case.args).propagate().partition()  # fmt: skip
     assert kinds(partitioned) == {}
