@@ -39,9 +39,10 @@ def _broadcast_in_dim(op: OpInfo) -> Rule:
     )
     factors = {d: Factor(n) for d, n in zip(dims, dst, strict=True)}
     rest = tuple(() for _ in op.in_avals[1:])
+    grows = prod(src) != prod(dst)
     return Rule(
         (operand, *rest), (_singles(dims),), factors,
-        linear=((0,),), resize=(("shape", 0),), early=src == dst, expands=src != dst,
+        linear=((0,),), resize=(("shape", 0),), early=not grows, expands=grows,
     )  # fmt: skip
 
 

@@ -10,9 +10,9 @@ from sharding.mesh import MeshShape, axes_size, refine, refine_refs
 from sharding.program import Op, Region, Value
 from sharding.propagation import Propagated
 from sharding.region import Port
-from sharding.rule import Kind
 from sharding.spec import Layout, Sharding
 from spmd.partition import diagnose
+from spmd.partition.again import again, from_nothing, made_from_nothing
 from spmd.partition.broadcasts import late_broadcasts
 from spmd.partition.choose import (
     Alternatives,
@@ -169,7 +169,7 @@ class _Planner:
         op = value.op
         assert op is not None
         operands = tuple(
-            Tensor(v.shape, v.itemsize, (self.wanted(v),), anywhere=_from_nothing(v))
+            Tensor(v.shape, v.itemsize, (self.wanted(v),), anywhere=from_nothing(v))
             for v in op.inputs
         )
         result = Tensor(value.shape, value.itemsize, (self.wanted(value),))
@@ -264,7 +264,7 @@ class _Scope:
         readers = self.planner.readers(value) if self.planner.uses[value.id] > 1 else ()
         return Tensor(
             value.shape, value.itemsize, tuple(self.layouts(value)), readers,
-            anywhere=_from_nothing(value),
+            anywhere=from_nothing(value),
         )  # fmt: skip
 
     def compute(self, op: Op) -> None:
@@ -275,7 +275,7 @@ class _Scope:
         if rule.elementary:
             self.keep(op)
             return
-        if (rule.annotation is not None and not _passes(op, operands)) or _made_from_nothing(op):
+        if (rule.annotation is not None and not _passes(op, operands)) or made_from_nothing(op):
             assignment = forced(rule, wanted[0], self.mesh)
         elif rule.early and _agree(op, operands, wanted[0]):
             assignment = forced(rule, wanted[0], self.mesh)
@@ -320,16 +320,14 @@ class _Scope:
         layouts = self.layouts(value)
         if need in layouts:
             return Key(value, need)
-        if value.op is not None and _from_nothing(value):
-            # Cheaper than any collective: an iota or a filled array is made again where needed.
-            assignment = forced(value.op.rule, need, self.mesh)
-            made = makes(value.op.rule, assignment, self.mesh)[0]
-            if made == need.reduced() and made not in layouts:
-                self.emit(value.op, assignment, [self.tensor(v) for v in value.op.inputs])
-                return self.read(value, need, op)
         itemsize = value.itemsize
         options = [(plan(a, need, value.shape, itemsize, self.mesh), a) for a in layouts]
         best, src = min(options, key=lambda option: option[0].cost)
+        made = need.reduced()
+        anew = again(value, made, self.layouts, self.mesh) if made not in layouts else None
+        if value.op is not None and anew is not None and (best.bytes or from_nothing(value)):
+            self.emit(value.op, anew, [self.tensor(v) for v in value.op.inputs])
+            return self.read(value, need, op)
         self.code.append(Move(value, src, need, best, op))
         self.at_hand.setdefault(value.id, [src]).append(need)
         if op is not None:
@@ -367,21 +365,6 @@ def _even(layout: Layout, value: Value, mesh: MeshShape) -> Layout:
     """With dims whole that the axes do not divide."""
     pairs = zip(layout.dims, value.shape, strict=True)
     return Layout(tuple(() if n % axes_size(mesh, a) else a for a, n in pairs), layout.partial)
-
-
-def _made_from_nothing(op: Op) -> bool:
-    """An iota, or an array filled with a scalar: any layout of it costs nothing."""
-    return (
-        op.control is None
-        and len(op.outputs) == 1
-        and all(v.rank == 0 and v.const is not None for v in op.inputs)
-        and op.outputs[0].rank > 0
-        and not any(f.kind is Kind.REDUCE for f in op.rule.factors.values())
-    )
-
-
-def _from_nothing(value: Value) -> bool:
-    return value.op is not None and _made_from_nothing(value.op)
 
 
 def _agree(op: Op, operands: Sequence[Tensor], wanted: Layout) -> bool:

@@ -1,12 +1,12 @@
-"""`saved_gathers`: what the loops over layers gather in each pass is gathered once, while it fits.
+"""`saved_gathers`: what loops gather again and again is gathered once, while it fits.
 
 Weights of layers that a loop runs over, fully sharded, are gathered slice by slice, forward and
-again on the way back, so that no more than a layer is whole at a time. A stack that is gathered
-before the first of those loops is sent once: half of the bytes, for memory that lasts from the
-first loop to the last. Which of the two is right depends on how much memory there is, so that the
-pass does nothing unless it is told (`memory_limit` of `spmd.jit`). It sees loops of the program
-itself, not those inside of others, such as of microbatches; and leaves alone what an operation
-needs whole, which is told where it is gathered.
+again on the way back, so that no more than a layer is whole at a time; a loop over microbatches
+around that does so for each of them. A stack that is gathered before the first of those loops is
+sent once: at most half of the bytes, for memory that lasts from the first loop to the last. Which
+of the two is right depends on how much memory there is, so that the pass does nothing unless it is
+told (`memory_limit` of `spmd.jit`). It leaves alone what an operation needs whole, which is told
+where it is gathered.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from sharding.mesh import MeshShape
-from sharding.program import Op, Value
+from sharding.program import Value
 from sharding.spec import Layout
 from spmd.partition.diagnose import gather
-from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
+from spmd.partition.plan import Compute, Key, Move, ProgramPlan
 from spmd.partition.reshard import plan as route
 
 Assumed = Mapping[int, Layout]
 
 
 class Gather(NamedTuple):
-    """A value that loops gather, piece by piece.
+    """A value that loops gather, whole or piece by piece.
 
     Attributes:
-      value: the stack of all pieces.
+      value: that loops run over, or read in each step.
       assumed: the layout of each piece that is gathered, by the id of its value in a region.
       saved: wire bytes per device that one gather before all loops saves.
-      held: bytes that the whole stack takes on a device.
+      held: bytes that the whole value takes on a device.
     """
 
     value: Value
@@ -80,83 +80,90 @@ def sent(plan: ProgramPlan) -> float:
 
 
 def gathers(plan: ProgramPlan) -> Iterator[Gather]:
-    """Values whose pieces loops gather for more bytes than the whole takes once."""
+    """Values that loops gather, whole or by slices, for more bytes than the whole takes once."""
     found: dict[int, list[_Piece]] = {}
     values: dict[int, Key] = {}
     for instruction in plan.body.code:
         if isinstance(instruction, Compute):
-            for place, piece in _taken(instruction):
-                key = instruction.operands[place]
+            for key in {key.value.id: key for key in instruction.operands}.values():
                 values.setdefault(key.value.id, key)
-                found.setdefault(key.value.id, []).append(piece)
+                pieces = found.setdefault(key.value.id, [])
+                pieces += _inside(instruction, key.value, 1, 0)
     for number, pieces in found.items():
-        each = _gather(values[number], pieces, plan.mesh)
+        value = values[number].value
+        here = _Piece(value, 0, _moves(plan.body.code, value, 1))
+        each = _gather(values[number], [here, *pieces], plan.mesh)
         if each is not None:
             yield each
 
 
 class _Piece(NamedTuple):
-    """What a loop of the program sees of a value: in its region, and wherever that passes it on."""
+    """What a region sees of a value: it, or a slice of it along its leading dims.
 
-    names: list[Value]
-    moves: list[tuple[Move, int]]  # with how often they run
+    Attributes:
+      name: what it is called there.
+      cut: how many of its leading dims loops run over.
+      moves: of it there, with how often they run.
+    """
+
+    name: Value
+    cut: int
+    moves: list[tuple[Move, int]]
 
 
-def _taken(instruction: Compute) -> Iterator[tuple[int, _Piece]]:
-    """By operand, the slices that a loop takes of it."""
+def _inside(instruction: Compute, value: Value, runs: int, cut: int) -> Iterator[_Piece]:
+    """What the regions of an equation see of an operand that they do not change, and what regions
+    inside of them do.
+
+    Args:
+      runs: how often the equation does.
+      cut: dims that loops around it have run over already.
+    """
     op = instruction.op
-    if op.control is None or not op.control.counted or len(instruction.regions) != 1:
+    if op.control is None or not instruction.regions:
         return
-    for port in op.in_ports:
-        if port.stacked:
-            piece = _Piece([], [])
-            inner = op.regions[port.region].inputs[port.inner]
-            _follow(inner, instruction.regions[port.region], op.control.trips(op), piece)
-            yield port.outer, piece
-
-
-def _follow(value: Value, region: RegionPlan, runs: int, piece: _Piece) -> None:
-    """Collects where a region moves a value, and the regions that it passes the same value to."""
-    piece.names.append(value)
-    for instruction in region.code:
-        if isinstance(instruction, Move):
-            if instruction.value is value and instruction.plan.bytes:
-                piece.moves.append((instruction, runs))
-            continue
-        op = instruction.op
-        if op.control is None or not instruction.regions:
-            continue
-        for inner, into in _passed(op, value):
-            more = op.control.trips(op) if op.control.counted else 1
-            _follow(inner, instruction.regions[into], runs * more, piece)
-
-
-def _passed(op: Op, value: Value) -> Iterator[tuple[Value, int]]:
-    """(input, region) of what regions see of a value as it is."""
-    assert op.control is not None
     carried = {(region, into) for region, _, into in op.control.carries(op)}
+    runs *= op.control.trips(op) if op.control.counted else 1
     for port in op.in_ports:
-        same = not (port.stacked or any(port.lead) or (port.region, port.inner) in carried)
-        if same and op.inputs[port.outer] is value:
-            yield op.regions[port.region].inputs[port.inner], port.region
+        changed = any(port.lead) or (port.region, port.inner) in carried
+        if op.inputs[port.outer] is not value or changed:
+            continue
+        name = op.regions[port.region].inputs[port.inner]
+        code = instruction.regions[port.region].code
+        yield _Piece(name, cut + port.stacked, _moves(code, name, runs))
+        for each in code:
+            if isinstance(each, Compute):
+                yield from _inside(each, name, runs, cut + port.stacked)
+
+
+def _moves(code: Sequence[Move | Compute], value: Value, runs: int) -> list[tuple[Move, int]]:
+    return [
+        (i, runs) for i in code if isinstance(i, Move) and i.value is value and i.plan.bytes
+    ]
 
 
 def _gather(key: Key, pieces: list[_Piece], mesh: MeshShape) -> Gather | None:
     """The gather of a whole value in place of those of its pieces, where that is one and sends
     less."""
     moves = [each for piece in pieces for each in piece.moves]
-    wanted = {move.dst for move, _ in moves}
+    wanted = {_whole(move.dst, piece) for piece in pieces for move, _ in piece.moves}
     if len(wanted) != 1:
         return None
-    (layout,) = wanted
+    (whole,) = wanted
     kinds = {step.kind for move, _ in moves for step in move.plan.steps}
     told = (gather(m.reason, m.value, m.plan, mesh) for m, _ in moves if m.reason is not None)
-    if kinds != {"all_gather"} or layout.partial or any(told):
+    if kinds != {"all_gather"} or whole.partial or any(told):
         return None
-    value, whole = key.value, Layout(((), *layout.dims))
+    value = key.value
     once = route(key.layout, whole, value.shape, value.itemsize, mesh).bytes
     saved = sum(runs * move.plan.bytes for move, runs in moves) - once
     if saved <= 0:
         return None
-    assumed = {name.id: layout for piece in pieces for name in piece.names}
+    inside = [piece for piece in pieces if piece.name is not value]
+    assumed = {piece.name.id: Layout(whole.dims[piece.cut :]) for piece in inside}
     return Gather(value, assumed, saved, Key(value, whole).local_bytes(mesh))
+
+
+def _whole(layout: Layout, piece: _Piece) -> Layout:
+    """Of the value, where its piece has this layout."""
+    return Layout(((),) * piece.cut + layout.dims, layout.partial)

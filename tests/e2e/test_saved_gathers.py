@@ -226,7 +226,7 @@ def test_limits_that_are_none(limit: Any) -> None:
 
 
 def test_what_is_found_and_what_it_is_worth() -> None:
-    """Stacks of slices, not what every step sees whole; each saves one of two gathers."""
+    """A stack is gathered twice, slice by slice; what each of 2 x 2 steps reads whole, 4 times."""
     found = {g.value.name: (g.saved, g.held) for g in gathers(planned(None).plan)}
     assert found == {"w['a']": (GATHERED, STACK), "w['b']": (GATHERED, STACK)}
 
@@ -237,4 +237,76 @@ def test_what_is_found_and_what_it_is_worth() -> None:
         return x, w
 
     out = spmd.jit(same_weights, mesh=mesh(), in_shardings=SPECS[0])
-    assert not list(gathers(out.trace(*ARGS).propagate().partition().plan))
+    shared = list(gathers(out.trace(*ARGS).propagate().partition().plan))
+    assert [(g.saved, g.held) for g in shared] == [(3 * GATHERED / LAYERS, STACK / LAYERS)] * 2
+
+
+def accumulated(w: Any, xs: Any) -> Any:
+    """The gradients of microbatches, each with a forward and a backward loop over the layers."""
+
+    def add(total: Any, x: Any) -> tuple[Any, None]:
+        grad = jax.grad(lambda w: jnp.mean(jax.lax.scan(jax.checkpoint(layer), x, w)[0] ** 2))(w)
+        return jax.tree.map(jnp.add, total, grad), None
+
+    zeros = jax.tree.map(jnp.zeros_like, w)
+    return jax.tree.map(lambda p, g: p - 0.1 * g, w, jax.lax.scan(add, zeros, xs)[0])
+
+
+MICRO = (ARGS[0], arr(3, BATCH, WIDTH))
+
+
+@pytest.mark.parametrize("limit, count, stacks", [(None, 3 * 4 * LAYERS, 12), (PLENTY, 2, 2)])
+def test_a_stack_is_gathered_once_for_all_microbatches(
+    limit: int | None, count: int, stacks: int
+) -> None:
+    ins, outs = (SPECS[0][0], P(None, "fsdp")), SPECS[0][0]
+    found = check(accumulated, MICRO, mesh(), ins, outs, memory_limit=limit)
+    assert gathered(found) == (count, stacks * GATHERED)
+
+
+def test_of_microbatches_as_much_as_fits() -> None:
+    ins, outs = (SPECS[0][0], P(None, "fsdp")), SPECS[0][0]
+
+    def at(limit: int | None) -> spmd.Partitioned:
+        return check(accumulated, MICRO, mesh(), ins, outs, memory_limit=limit)
+
+    most = at(PLENTY).peak_memory
+    one = at(most - 1)
+    assert gathered(one) == (1 + 3 * 2 * LAYERS, 7 * GATHERED)
+    assert at(None).peak_memory < one.peak_memory < most
+
+
+def test_weights_that_each_microbatch_gathers() -> None:
+    """No stack: a weight that every step of a loop gathers for both ways."""
+
+    def add(total: Any, x: Any, w: Any) -> tuple[Any, None]:
+        return total + jax.grad(lambda w: jnp.sum(jnp.tanh(x @ w) @ w.T))(w), None
+
+    def run(w: Any, xs: Any) -> Any:
+        return jax.lax.scan(lambda t, x: add(t, x, w), jnp.zeros_like(w), xs)[0]
+
+    args = (arr(WIDTH, WIDTH), arr(3, BATCH, WIDTH))
+    for limit, count in ((None, 3), (PLENTY, 1)):
+        found = check(run, args, mesh(), (P("fsdp"), P(None, "fsdp")), P("fsdp"),
+                      memory_limit=limit)  # fmt: skip
+        assert gathered(found) == (count, count * GATHERED / LAYERS)
+
+
+def test_layers_without_a_loop() -> None:
+    """Each is gathered where it runs and again on the way back, or once."""
+
+    def run(ws: Any, x: Any) -> Any:
+        def loss(ws: Any) -> Any:
+            y = x
+            for w in ws:
+                y = jax.checkpoint(layer)(y, w)[0]
+            return jnp.mean(y**2)
+
+        return jax.grad(loss)(ws)
+
+    one = {"a": arr(WIDTH, WIDTH), "b": arr(WIDTH, WIDTH) + 0.1}
+    spec = {"a": P("fsdp"), "b": P(None, "fsdp")}
+    for limit, count in ((None, 8), (PLENTY, 4)):
+        found = check(run, ([one, one], arr(BATCH, WIDTH)), mesh(), ([spec, spec], P("fsdp")),
+                      [spec, spec], memory_limit=limit)  # fmt: skip
+        assert gathered(found) == (count, count * GATHERED / LAYERS)

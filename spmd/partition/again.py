@@ -1,0 +1,63 @@
+"""Values that are made again in another layout, and not moved there.
+
+An iota or a filled array is made anywhere; the transposition or the cast of something that is at
+hand in the layout already costs next to nothing, as that of weights that were gathered before.
+"""
+
+from collections.abc import Callable, Sequence
+from math import prod
+
+from sharding.mesh import MeshShape
+from sharding.program import Op, Value
+from sharding.rule import Kind
+from sharding.spec import Layout
+from spmd.partition.choose import forced, makes, needs
+from spmd.partition.plan import Assignment
+from spmd.partition.tensor import Tensor
+
+
+def made_from_nothing(op: Op) -> bool:
+    """An iota, or an array filled with a scalar: any layout of it costs nothing."""
+    return (
+        op.control is None
+        and len(op.outputs) == 1
+        and all(v.rank == 0 and v.const is not None for v in op.inputs)
+        and op.outputs[0].rank > 0
+        and not any(f.kind is Kind.REDUCE for f in op.rule.factors.values())
+    )
+
+
+def from_nothing(value: Value) -> bool:
+    """Whether its operation makes it so."""
+    return value.op is not None and made_from_nothing(value.op)
+
+
+def again(
+    value: Value, need: Layout, at_hand: Callable[[Value], Sequence[Layout]], mesh: MeshShape
+) -> Assignment | None:
+    """How the operation of a value makes it anew, in a layout and without any collective; None
+    where it does not.
+
+    Args:
+      at_hand: layouts in which there are values.
+    """
+    op = value.op
+    if op is None or need.partial or not (made_from_nothing(op) or _next_to_nothing(op)):
+        return None
+    assignment = forced(op.rule, need, mesh)
+    if makes(op.rule, assignment, mesh)[0] != need:
+        return None
+    operands = [Tensor(v.shape, v.itemsize, tuple(at_hand(v))) for v in op.inputs]
+    wanted = needs(op.rule, assignment, operands, mesh)
+    pairs = zip(op.inputs, operands, wanted, strict=True)
+    there = all(layout in tensor.layouts for v, tensor, layout in pairs if v.rank)
+    return assignment if there else None
+
+
+def _next_to_nothing(op: Op) -> bool:
+    """One array, as large as the result, with its elements in other places, or each by itself."""
+    if op.control is not None or len(op.outputs) != 1:
+        return False
+    rule, arrays = op.rule, [v for v in op.inputs if v.rank]
+    plain = rule.early and not rule.once and rule.annotation is None
+    return plain and len(arrays) == 1 and prod(arrays[0].shape) == prod(op.outputs[0].shape)

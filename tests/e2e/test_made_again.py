@@ -1,0 +1,66 @@
+"""What costs next to nothing to make of something at hand is made again there, and not moved."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import spmd
+from spmd.partition.plan import Compute
+from tests.oracle import check, kinds, make_mesh
+
+DEVICES, WIDTH, BATCH = 4, 32, 256
+GATHERED = WIDTH * WIDTH * 4 * (DEVICES - 1) / DEVICES
+
+
+def arr(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32) / 4
+
+
+def gathers(found: spmd.Partitioned) -> tuple[int, float]:
+    return kinds(found)["all_gather", ("fsdp",)]
+
+
+def with_weights(fun: Any) -> spmd.Partitioned:
+    """Of weights and examples over one axis."""
+    args = (arr(WIDTH, WIDTH), arr(BATCH, WIDTH))
+    return check(fun, args, make_mesh(fsdp=DEVICES), (P("fsdp"), P("fsdp")), P("fsdp"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda w: w.T, lambda w: -w, lambda w: w.reshape(4, -1).reshape(w.shape), jnp.tanh],
+    ids=["transposed", "negative", "reshaped", "pointwise"],
+)
+def test_of_weights_that_are_gathered_already(change: Any) -> None:
+    found = with_weights(lambda w, x: jnp.tanh(x @ w) @ change(w))
+    assert gathers(found) == (1, GATHERED)
+
+
+def test_tied_embeddings_are_gathered_once() -> None:
+    """The table is read by rows, and its transposition multiplies."""
+
+    def loss(table: Any, tokens: Any) -> Any:
+        logits = jax.nn.log_softmax(jnp.tanh(table[tokens]) @ table.T)
+        return -jnp.mean(jnp.take_along_axis(logits, tokens[:, None], 1))
+
+    args = (arr(64, WIDTH), np.arange(1024, dtype=np.int32) % 64)
+    mesh = make_mesh(fsdp=DEVICES)
+    found = check(jax.grad(loss), args, mesh, (P("fsdp"), P("fsdp")), P("fsdp"))
+    assert gathers(found) == (1, 2 * GATHERED)
+
+
+def test_not_what_another_operand_has_a_part_in() -> None:
+    found = with_weights(lambda w, x: jnp.tanh(x @ w) @ (w * w[:1]))
+    assert gathers(found)[0] == 2
+
+
+def test_not_what_has_to_move_for_it() -> None:
+    """The transposition of weights that nothing else gathers is gathered itself, once."""
+    found = with_weights(lambda w, x: x @ jnp.tanh(w).T)
+    assert gathers(found) == (1, GATHERED)
+    made = [i.op for i, _ in found.plan.body.walk() if isinstance(i, Compute)]
+    assert len(made) == len(set(map(id, made)))
