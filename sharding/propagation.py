@@ -15,18 +15,20 @@ from sharding.mesh import MeshShape, axes_size
 from sharding.program import Program, Value, render
 from sharding.project import clashes, expressible, extension, to_dims, to_factors
 from sharding.provenance import Event, Rejection
+from sharding.reach import Reach, furthest
 from sharding.region import Port
-from sharding.resolve import Proposal, rank, reason, tied
+from sharding.resolve import Proposal, apart, rank, reason, tied
 from sharding.rule import Kind, Rule, edge_rule
 from sharding.spec import DimSharding, Sharding, check_axes
 
 LEVELS = (
     "pointwise, reshape, transpose and data-flow edges",
+    "of every operation, the passing factor that reaches furthest",
     "passing factors of every operation",
     "reduced factors",
     "broadcasts forward",
 )
-_PASS, _REDUCE, _BROADCAST = 1, 2, 3
+_FURTHEST, _PASS, _REDUCE, _BROADCAST = 1, 2, 3, 4
 
 
 class Link(NamedTuple):
@@ -132,6 +134,8 @@ class _Propagation:
         self.events: list[Event] = []
         self.rejections: dict[Rejection, None] = {}
         self.links = make_links(program)
+        self.reach = Reach(program.values, self.links)
+        self.first = furthest(program, annotations, self.reach)
         self.touching: list[list[int]] = [[] for _ in range(count)]
         for i, link in enumerate(self.links):
             for value in link.values:
@@ -202,7 +206,7 @@ class _Propagation:
 
     def active(self, rule: Rule) -> bool:
         """Whether the rule has anything to say at this level."""
-        return rule.early or self.level >= _PASS
+        return rule.early or self.level >= _FURTHEST
 
     def visit(self, index: int, decide: bool) -> None:
         """Pushes what one link proposes; two proposals that want the same axis on the same tensor
@@ -216,31 +220,36 @@ class _Propagation:
             for t, v in enumerate(link.values)
         ]
         best = self.proposals(index, factors)
-        waiting = set() if decide else self.contests(index, best, factors)
+        late = self.late(link, best)
+        clashing = [] if apart(best) else self.clashing(link, best, factors)
+        if decide:  # but for what a stronger one wants, which has its turn later
+            waiting = {(q.factor, t) for p, q, t in clashing if p.factor in late}
+        else:
+            waiting = {(x.factor, t) for p, q, t in clashing for x in (p, q)}
+            for p, q, _ in clashing:
+                self.contested[index] = tied(p, q) or self.contested.get(index, False)
         for proposal in best:
-            if proposal.kind is Kind.REDUCE and self.level < _REDUCE:
+            if proposal.factor in late or proposal.kind is Kind.REDUCE and self.level < _REDUCE:
                 continue
             for t, d in rule.where[proposal.factor]:
                 if t != proposal.tensor and (proposal.factor, t) not in waiting:
                     self.push(index, proposal, t, d, factors)
 
-    def contests(
-        self, index: int, best: list[Proposal], factors: list[dict[str, tuple[str, ...]]]
-    ) -> set[tuple[str, int]]:
-        """(factor, tensor) places where another factor wants one of the same axes. Those of factors
+    def clashing(
+        self, link: Link, best: list[Proposal], factors: list[dict[str, tuple[str, ...]]]
+    ) -> list[tuple[Proposal, Proposal, int]]:
+        """Pairs, the stronger first, that want one of the same axes on a tensor. Those of factors
         that are reduced count at every level: what they want must not be taken unseen."""
-        link = self.links[index]
-        found: set[tuple[str, int]] = set()
-        for i, p in enumerate(best):
-            for q in best[:i]:
-                if not any(clashes(axis, q.axes) for axis in p.axes):
+        found = []
+        for i, q in enumerate(best):
+            for p in best[:i]:
+                if not any(clashes(axis, p.axes) for axis in q.axes):
                     continue
-                for t in {t for t, _ in link.rule.where[p.factor]}.intersection(
-                    t for t, _ in link.rule.where[q.factor]
+                for t in {t for t, _ in link.rule.where[q.factor]}.intersection(
+                    t for t, _ in link.rule.where[p.factor]
                 ):
                     if all(self.wants(link, t, x, factors) for x in (p, q)):
-                        found |= {(p.factor, t), (q.factor, t)}
-                        self.contested[index] = tied(p, q) or self.contested.get(index, False)
+                        found.append((p, q, t))
         return found
 
     def wants(
@@ -262,8 +271,9 @@ class _Propagation:
         rule = link.rule
         operands = len(rule.operands)
         best: dict[str, Proposal] = {}
+        spread = rule.spread if self.level < _BROADCAST else ()
         for t, found in enumerate(factors):
-            for name, axes in found.items():
+            for name, axes in found.items() if t not in spread else ():
                 kind = rule.factors[name].kind
                 if kind is Kind.FIXED:
                     continue
@@ -274,9 +284,28 @@ class _Propagation:
                     best[name] = new
                 elif old.axes != new.axes:
                     best[name] = self.stronger(index, old, new)
-        if len(best) < 2:
-            return list(best.values())
-        return sorted(best.values(), key=rank)
+        if not apart(best.values()):
+            reach = {name: self.reach.of(self.dim(link, name)) for name in best}
+            results = sum(prod(v.shape) for v in link.values[operands:])
+            for name in [name for name in best if reach[name] == max(reach.values())]:
+                best[name] = best[name]._replace(elements=best[name].elements + results)
+        return sorted(best.values(), key=rank) if len(best) > 1 else list(best.values())
+
+    def late(self, link: Link, best: list[Proposal]) -> set[str]:
+        """Factors whose proposals count, but do not go anywhere yet."""
+        if self.level != _FURTHEST or link.rule.early:
+            return set()
+        found: set[str] = set()
+        for p in best:
+            dim = self.dim(link, p.factor)
+            if any(dim != first and clashes(axis, p.axes) for axis, first in self.first.items()):
+                found.add(p.factor)
+        return found
+
+    def dim(self, link: Link, factor: str) -> int:
+        """The dim of the program that a factor is."""
+        t, d = link.rule.where[factor][0]
+        return self.reach.dim(link.values[t], d)
 
     def stronger(self, index: int, old: Proposal, new: Proposal) -> Proposal:
         """The longer of two that agree; by policy where they do not."""
@@ -298,9 +327,6 @@ class _Propagation:
         """Extends dim `d` of tensor `t` towards the proposal, as far as it is legal."""
         link = self.links[index]
         rule, value = link.rule, link.values[t]
-        is_result = t >= len(rule.operands)
-        if rule.expands and is_result and not proposal.is_result and self.level < _BROADCAST:
-            return
         current = factors[t].get(proposal.factor, ())
         more = extension(current, proposal.axes, self.mesh)
         if not more:

@@ -4,7 +4,7 @@ A policy is a tuple of small pure functions; the first that tells two proposals 
 its name is the reason that the loser is recorded with.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from sharding.rule import Kind
@@ -18,7 +18,8 @@ class Proposal(NamedTuple):
       axes: proposed, major to minor.
       tensor: index of the source; results are numbered after operands.
       is_result: whether the source is a result.
-      elements: global number of elements of the source.
+      elements: global number of elements of the source; and of the results, of the factor that
+        reaches furthest: there they would have to be moved back, see `reach.Reach`.
     """
 
     factor: str
@@ -63,6 +64,12 @@ POLICY: tuple[Strategy, ...] = (
 def rank(proposal: Proposal) -> tuple[object, ...]:
     """Sort key: the smaller goes first."""
     return tuple(strategy(proposal) for strategy in POLICY)
+
+
+def apart(proposals: Collection[Proposal]) -> bool:
+    """Whether no two want the same axis, or parts of one."""
+    names = [axis.partition(":")[0] for p in proposals for axis in {*p.axes}]
+    return len(proposals) < 2 or len(names) == len(set(names))
 
 
 def tied(a: Proposal, b: Proposal) -> bool:

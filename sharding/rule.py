@@ -134,6 +134,18 @@ class Rule:
         return {name: tuple(where) for name, where in places.items()}
 
     @cached_property
+    def spread(self) -> frozenset[int]:
+        """Operands that are repeated along factors which another operand has, as a bias is along
+        the batch, and the operand of an equation that only repeats it."""
+        if not (self.early or self.expands):
+            return frozenset()
+        count = len(self.operands)
+        wide = {f for f, factor in self.factors.items() if factor.size > 1}
+        own = [{f for names in self.operands[t] for f in names} & wide for t in range(count)]
+        most = max(map(len, own), default=0)
+        return frozenset(t for t in range(count) if self.expands or len(own[t]) < most)
+
+    @cached_property
     def simple(self) -> bool:
         """Every dim has at most one factor, which may be sharded in any way."""
         return not self.even and not self.alone

@@ -32,25 +32,36 @@ def from_nothing(value: Value) -> bool:
     return value.op is not None and made_from_nothing(value.op)
 
 
+_DEEPEST = 4  # operations, one of the other, that are done again
+
+
 def again(
-    value: Value, need: Layout, at_hand: Callable[[Value], Sequence[Layout]], mesh: MeshShape
-) -> Assignment | None:
+    value: Value, need: Layout, at_hand: Callable[[Value], Sequence[Layout]], mesh: MeshShape,
+    depth: int = _DEEPEST,
+) -> Assignment | None:  # fmt: skip
     """How the operation of a value makes it anew, in a layout and without any collective; None
-    where it does not.
+    where it does not. Its operand may have to be made anew as well.
 
     Args:
       at_hand: layouts in which there are values.
+      depth: how many operations may be done again.
     """
-    op = value.op
-    if op is None or need.partial or not (made_from_nothing(op) or _next_to_nothing(op)):
+    if not depth:
+        return None
+    op, known = value.op, {axis for axis, _ in mesh.axes}
+    if op is None or need.partial or not need.used <= known:
+        return None  # the plan is made again on a mesh with those parts of axes
+    if not (made_from_nothing(op) or _next_to_nothing(op)):
         return None
     assignment = forced(op.rule, need, mesh)
     if makes(op.rule, assignment, mesh)[0] != need:
         return None
     operands = [Tensor(v.shape, v.itemsize, tuple(at_hand(v))) for v in op.inputs]
     wanted = needs(op.rule, assignment, operands, mesh)
-    pairs = zip(op.inputs, operands, wanted, strict=True)
-    there = all(layout in tensor.layouts for v, tensor, layout in pairs if v.rank)
+    there = all(
+        layout in tensor.layouts or again(v, layout, at_hand, mesh, depth - 1) is not None
+        for v, tensor, layout in zip(op.inputs, operands, wanted, strict=True) if v.rank
+    )  # fmt: skip
     return assignment if there else None
 
 

@@ -5,7 +5,8 @@ XLA prints replica groups in four ways, all of them read here:
     {{0,1},{2,3}}                      the groups themselves
     [2,4]<=[8]                         iota: ids 0..7 reshaped to two groups of four
     [4,2]<=[2,4]T(1,0)                 iota of shape [2,4], transposed, as four groups of two
-    mesh['a'=2,'b'=4] {'b'}            the groups along axis b; `'b':(2)2` is a part of an axis
+    mesh['a'=2,'b'=4] {'b'}            the groups along axis b; `'b':(2)2` is a part of an axis,
+                                       and an axis itself where the name is `'b:(2)2'`
 
 and `source_target_pairs={{0,1},{1,0}}` for a collective-permute. `{}` means all devices.
 """
@@ -29,8 +30,10 @@ _MESH = re.compile(
     r"replica_groups=@?mesh[\[<](?P<axes>[^\]>]*)[\]>]"
     r"(?:,\s*device_ids=\((?P<ids>[^)]*(?:\([^)]*\))?)\))?\s*\{(?P<over>[^}]*)\}"
 )
-_MESH_AXIS = re.compile(r"'?([\w.\-]+)'?=(\d+)")
-_OVER_AXIS = re.compile(r"'?([\w.\-]+)'?(?::\((\d+)\)(\d+))?")
+# Names may hold what parts of axes are written with: a refined mesh has axes 'data:(1)2'.
+_NAME = r"(?:'([^']+)'|([\w.\-]+))"
+_MESH_AXIS = re.compile(_NAME + r"=(\d+)")
+_OVER_AXIS = re.compile(_NAME + r"(?::\((\d+)\)(\d+))?")
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?\s*)*)\}")
 _DEVICE_ORDER = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?$")
 
@@ -107,10 +110,11 @@ def permute_axes_of(pairs: Groups, mesh_shape: Mapping[str, int]) -> tuple[str, 
 
 def _mesh_groups(axes: str, device_ids: str | None, over: str) -> Groups:
     """Groups of `mesh[axes], device_ids=(...) {over}`, parts of axes being `name:(pre)size`."""
-    sizes = {name: int(size) for name, size in _MESH_AXIS.findall(axes)}
+    sizes = {quoted or name: int(size) for quoted, name, size in _MESH_AXIS.findall(axes)}
     parts = {name: [size] for name, size in sizes.items()}
     grouped = []
-    for name, pre, size in _OVER_AXIS.findall(over):
+    for quoted, plain, pre, size in _OVER_AXIS.findall(over):
+        name = quoted or plain
         if size:
             parts[name] = _refine(parts[name], int(pre), int(pre) * int(size))
         grouped.append((name, int(pre or 1), int(pre or 1) * int(size or sizes[name])))

@@ -32,8 +32,8 @@ def with_weights(fun: Any) -> spmd.Partitioned:
 
 @pytest.mark.parametrize(
     "change",
-    [lambda w: w.T, lambda w: -w, lambda w: w.reshape(4, -1).reshape(w.shape), jnp.tanh],
-    ids=["transposed", "negative", "reshaped", "pointwise"],
+    [lambda w: w.T, lambda w: 2 - w, lambda w: (w + 1).reshape(4, -1).reshape(w.shape).T],
+    ids=["transposed", "pointwise", "several"],
 )
 def test_of_weights_that_are_gathered_already(change: Any) -> None:
     found = with_weights(lambda w, x: jnp.tanh(x @ w) @ change(w))
@@ -51,6 +51,12 @@ def test_tied_embeddings_are_gathered_once() -> None:
     mesh = make_mesh(fsdp=DEVICES)
     found = check(jax.grad(loss), args, mesh, (P("fsdp"), P("fsdp")), P("fsdp"))
     assert gathers(found) == (1, 2 * GATHERED)
+
+
+def test_not_what_is_dear() -> None:
+    """Nor is an exponential computed by every device for the whole array."""
+    found = with_weights(lambda w, x: jnp.tanh(x @ w) @ jnp.exp(w))
+    assert gathers(found)[0] == 2
 
 
 def test_not_what_another_operand_has_a_part_in() -> None:

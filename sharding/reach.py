@@ -1,0 +1,95 @@
+"""How far a dim reaches: the elements of all values that it passes through.
+
+Dims that an equation passes on, from operands to results or the other way, are one dim of the
+program: its batch, its positions, the features of its residual stream. Where two of them want the
+same axis, one is gathered, and again wherever they meet. The one that is part of more of the
+program should have it: the batch of a training step, the features of weights that are larger than
+what they are multiplied with.
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from sharding.mesh import overlap
+from sharding.program import Program, Value
+from sharding.rule import Kind
+from sharding.spec import Sharding
+
+
+class Reach:
+    """Dims of values, joined where equations pass them on.
+
+    Args:
+      values: by their ids.
+      links: with `values` and a `rule` each, see `propagation.Link`.
+    """
+
+    def __init__(self, values: Sequence[Value], links: Sequence[Any]):
+        self._start: list[int] = []
+        elements: list[int] = []
+        for value in values:
+            self._start.append(len(elements))
+            elements += [prod(value.shape)] * value.rank
+        self._parent = list(range(len(elements)))
+        for link in links:
+            self._join(link)
+        self._total = [0] * len(elements)
+        for i, count in enumerate(elements):
+            self._total[self._root(i)] += count
+
+    def dim(self, value: Value, d: int) -> int:
+        """The dim of the program that dim `d` of a value is, as a number."""
+        return self._root(self._start[value.id] + d)
+
+    def of(self, dim: int) -> int:
+        """Elements of all values that have a dim of the program."""
+        return self._total[dim]
+
+    def _join(self, link: Any) -> None:
+        """The places of each passing factor. Of a dim of several, the major one is what goes on."""
+        for name, places in link.rule.where.items():
+            size, kind, _ = link.rule.factors[name]
+            if size == 1 or kind is not Kind.PASS:
+                continue
+            first = -1
+            for t, d in places:
+                if link.rule.tensors[t][d][0] == name:
+                    place = self._root(self._start[link.values[t].id] + d)
+                    if first < 0:
+                        first = place
+                    self._parent[place] = first
+
+    def _root(self, i: int) -> int:
+        parent = self._parent
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+
+def furthest(
+    program: Program, annotations: Sequence[tuple[Value, Sharding]], reach: Reach
+) -> dict[str, int]:
+    """Of each axis of the program's arguments, the dim that reaches furthest of those that have it.
+
+    Not of an axis that annotations inside of the program give to another dim, or keep from this
+    one: they say where it should be, and what lies between them is for their neighbours to decide.
+    """
+    entering, leaving = (
+        {value.id for value in values} for values in (program.body.inputs, program.body.outputs)
+    )
+    found: dict[str, int] = {}
+    for value, sharding in annotations:
+        for d, dim in enumerate(sharding.dims if value.id in entering else ()):
+            for axis in dim.axes if value.shape[d] > 1 else ():
+                places = (found[axis], reach.dim(value, d)) if axis in found else ()
+                found[axis] = max(places, key=reach.of) if places else reach.dim(value, d)
+    for value, sharding in annotations:
+        for d, dim in enumerate(() if value.id in entering | leaving else sharding.dims):
+            place = reach.dim(value, d)
+            for axis, first in list(found.items()):
+                has = any(overlap(axis, a) for a in dim.axes)
+                if has != (place == first) and (has or not dim.open):
+                    del found[axis]
+    return found
