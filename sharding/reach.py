@@ -13,8 +13,12 @@ from typing import Any
 
 from sharding.mesh import overlap
 from sharding.program import Program, Value
-from sharding.rule import Kind
+from sharding.rule import Factor, Kind
 from sharding.spec import Sharding
+
+
+def _passes(factor: Factor) -> bool:
+    return factor.size > 1 and factor.kind is Kind.PASS
 
 
 class Reach:
@@ -48,17 +52,13 @@ class Reach:
 
     def _join(self, link: Any) -> None:
         """The places of each passing factor. Of a dim of several, the major one is what goes on."""
-        for name, places in link.rule.where.items():
-            size, kind, _ = link.rule.factors[name]
-            if size == 1 or kind is not Kind.PASS:
-                continue
-            first = -1
-            for t, d in places:
-                if link.rule.tensors[t][d][0] == name:
-                    place = self._root(self._start[link.values[t].id] + d)
-                    if first < 0:
-                        first = place
-                    self._parent[place] = first
+        first: dict[str, int] = {}
+        for value, dims in zip(link.values, link.rule.tensors, strict=True):
+            for d, names in enumerate(dims):
+                name = next((f for f in names if _passes(link.rule.factors[f])), None)
+                if name is not None:
+                    place = self._root(self._start[value.id] + d)
+                    self._parent[place] = first.setdefault(name, place)
 
     def _root(self, i: int) -> int:
         parent = self._parent

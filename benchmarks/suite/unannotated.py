@@ -3,14 +3,19 @@
     python -m benchmarks.suite --target cpu --programs benchmarks.suite.unannotated
 
 The suite's own programs are annotated where an expert would. These are not: the batch lies over
-`data`, every parameter is sharded over `data` along its largest dim that divides (as in many
-scripts for FSDP), or over `tensor` where the mesh has that axis, and all else is inferred. What
-they measure is whether the inference is any good.
+`data`, parameters and the optimiser's state lie as the name says, and all else is inferred:
+
+    _fsdp           every parameter along its largest dim that `data` divides
+    _both           along the largest over `data`, along the next over `tensor`
+    _zero1          parameters whole, the optimiser's state as in _fsdp
+    _columns        Megatron's columns and rows over `tensor`
+    _columns_fsdp   these, and the largest dim left over `data`
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -20,7 +25,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.suite.case import Case, Program, Size, array, normal
+from benchmarks.suite.case import Case, Program, Size, array, everywhere, normal
 from benchmarks.suite.programs.optimizers import cross_entropy, training_case
 
 VOCAB, HEADS = 256, 4
@@ -159,7 +164,8 @@ class Gru(nn.Module):
     def __call__(self, tokens: Any) -> Any:
         x = nn.Embed(VOCAB, self.width)(tokens)
         for _ in range(2):
-            x = nn.RNN(nn.GRUCell(self.width))(x)
+            found: Any = nn.RNN(nn.GRUCell(self.width))(x)
+            x = found
         return nn.Dense(VOCAB)(x)
 
 
@@ -188,9 +194,8 @@ class AutoEncoder(nn.Module):
 # --- shardings ------------------------------------------------------------------------------------
 
 
-def largest(shape: tuple[int, ...], mesh: dict[str, int]) -> P:
-    """The largest dim over `data`, and the next over `tensor` if there is one; none of vectors
-    too small to matter."""
+def largest(path: str, shape: tuple[int, ...], mesh: Mapping[str, int]) -> P:
+    """The largest dim over `data`, and the next over `tensor` if there is one; vectors whole."""
     order = sorted(range(len(shape)), key=lambda d: (-shape[d], d))
     placed: dict[int, str] = {}
     for axis, size in mesh.items():
@@ -200,21 +205,42 @@ def largest(shape: tuple[int, ...], mesh: dict[str, int]) -> P:
     return P(*(placed.get(d) for d in range(len(shape))))
 
 
-def columns(path: str, shape: tuple[int, ...], mesh: dict[str, int]) -> P:
+def columns(path: str, shape: tuple[int, ...], mesh: Mapping[str, int]) -> P:
     """As Megatron has it: what widens over `tensor` by columns, what narrows by rows."""
-    if not path.endswith("['kernel']") or len(shape) < 2:
-        return P()
     last = len(shape) - 1
+    if not path.endswith("['kernel']") or last < 1:
+        return P()
     if "MultiHead" in path:  # heads: [width, heads, head] and [heads, head, width]
         return P("tensor") if "['out']" in path else P(None, "tensor")
-    if shape[last] > shape[last - 1] or "Dense_0" in path:
-        return P(*(None,) * last, "tensor")
-    return P(*(None,) * (last - 1), "tensor")
+    widens = shape[last] > shape[last - 1] or "Dense_0" in path
+    return P(*(None,) * (last if widens else last - 1), "tensor")
+
+
+def columns_fsdp(path: str, shape: tuple[int, ...], mesh: Mapping[str, int]) -> P:
+    """So, and of what is left the largest dim over `data`."""
+    spec = columns(path, shape, mesh)
+    dims = [*spec, *(None,) * (len(shape) - len(spec))]
+    free = [d for d, axis in enumerate(dims) if axis is None and shape[d] % mesh["data"] == 0]
+    if free and len(shape) > 1:
+        dims[max(free, key=lambda d: shape[d])] = "data"
+    return P(*dims)
+
+
+def whole_params(case: Case) -> Case:
+    """ZeRO-1: the optimiser's state stays where it is, parameters are whole on every device."""
+    whole = everywhere(case.args[0])
+    return dataclasses.replace(
+        case, in_specs=(whole, *case.in_specs[1:]), out_specs=(whole, *case.out_specs[1:])
+    )
+
+
+Placing = Callable[[str, tuple[int, ...], Mapping[str, int]], P]
 
 
 def _model(
-    module: Callable[[int], nn.Module], images: bool, mesh: dict[str, int], by_path: bool = False
-) -> Callable[[Size], Case]:
+    module: Callable[[int], nn.Module], images: bool, mesh: Mapping[str, int], place: Placing,
+    change: Callable[[Case], Case] = lambda case: case,
+) -> Callable[[Size], Case]:  # fmt: skip
     def make(size: Size) -> Case:
         width, batch, length = size.pick((64, 16, 32), (1024, 64, 512))
         axes = {**mesh, "data": size.devices // mesh.get("tensor", 1)}
@@ -224,30 +250,28 @@ def _model(
         model = module(width)
         found = jax.eval_shape(model.init, jax.random.key(0), shape)
         params = jax.tree.map(lambda a: array(*a.shape, dtype=size.dtype), found)
-
-        def spec(path: Any, leaf: Any) -> P:
-            name = jax.tree_util.keystr(path)
-            return columns(name, leaf.shape, axes) if by_path else largest(leaf.shape, axes)
+        specs = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: place(jax.tree_util.keystr(path), leaf.shape, axes), params
+        )
 
         def loss(params: Any, x: Any, labels: Any) -> Any:
-            out = model.apply(params, x)
+            out: Any = model.apply(params, x)
             return out.mean() if out.ndim == 1 else cross_entropy(out, labels)
 
         def values(rng: np.random.Generator) -> tuple[Any, ...]:
-            drawn = normal(rng, inputs, size.dtype) if images else rng.integers(
-                0, VOCAB, inputs, dtype=np.int32)  # fmt: skip
+            tokens = rng.integers(0, VOCAB, inputs, dtype=np.int32)
+            drawn = normal(rng, inputs, size.dtype) if images else tokens
             return drawn, rng.integers(0, VOCAB, labels.shape, dtype=np.int32)
 
-        specs = jax.tree_util.tree_map_with_path(spec, params)
-        return training_case(
+        return change(training_case(
             loss, optax.adamw(1e-3), params, specs, (shape, labels), (P("data"), P("data")),
             mesh=axes, batch_values=values,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     return make
 
 
-_FSDP, _BOTH = {"data": 8}, {"data": 4, "tensor": 2}
+_ONE, _TWO = {"data": 8}, {"data": 4, "tensor": 2}
 _KINDS: dict[str, tuple[Callable[[int], nn.Module], bool]] = {
     "gpt": (Gpt, False),
     "gpt_remat": (lambda width: Gpt(width, remat=True), False),
@@ -259,12 +283,17 @@ _KINDS: dict[str, tuple[Callable[[int], nn.Module], bool]] = {
     "gru": (Gru, False),
     "autoencoder": (AutoEncoder, True),
 }
+_LAYERED = ("gpt", "vit", "translator", "mixer")
 
 PROGRAMS = (
-    *(Program(f"{name}_fsdp", "largest dims over data", _model(*kind, _FSDP))
+    *(Program(f"{name}_fsdp", "largest dims over data", _model(*kind, _ONE, largest))
       for name, kind in _KINDS.items()),
-    *(Program(f"{name}_both", "largest dims over data and tensor", _model(*kind, _BOTH))
+    *(Program(f"{name}_both", "largest dims over data and tensor", _model(*kind, _TWO, largest))
       for name, kind in _KINDS.items()),
-    *(Program(f"{name}_columns", "columns and rows over tensor", _model(*_KINDS[name], _BOTH, True))
-      for name in ("gpt", "vit", "translator", "mixer")),
+    *(Program(f"{name}_zero1", "state sharded, parameters whole",
+              _model(*_KINDS[name], _ONE, largest, whole_params)) for name in _LAYERED),
+    *(Program(f"{name}_columns", "columns and rows over tensor",
+              _model(*_KINDS[name], _TWO, columns)) for name in _LAYERED),
+    *(Program(f"{name}_columns_fsdp", "columns and rows over tensor, the rest over data",
+              _model(*_KINDS[name], _TWO, columns_fsdp)) for name in _LAYERED),
 )  # fmt: skip

@@ -1,0 +1,140 @@
+"""Which dim has an axis that two want: that which more of the program has, from the start."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+import spmd
+from sharding import P, shard
+from sharding.reach import Reach, furthest
+
+MESH = AbstractMesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
+
+
+def arr(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def propagate(fun: Callable, *args: Any, **options: Any) -> Any:
+    return spmd.jit(fun, mesh=MESH, **options).trace(*args).propagate()
+
+
+def made_by(found: Any, primitive: str) -> list[str]:
+    return [
+        str(found.result.of(op.outputs[0])) for op in found.result.program.ops()
+        if op.eqn is not None and op.eqn.primitive.name == primitive
+    ]  # fmt: skip
+
+
+# --- dims of a program ----------------------------------------------------------------------------
+
+
+def test_dims_that_equations_pass_on_are_one() -> None:
+    def run(x: Any, w: Any) -> Any:
+        return jnp.tanh(x @ w).reshape(8, 2, 4, 6).sum(2)
+
+    result = propagate(run, arr(16, 4, 5), arr(5, 6)).result
+    x, w = result.program.body.inputs
+    (out,) = result.program.body.outputs
+    reach = Reach(result.program.values, result.links)
+    assert reach.dim(x, 0) == reach.dim(out, 0) != reach.dim(x, 1)
+    assert reach.dim(w, 1) == reach.dim(out, 2) != reach.dim(w, 0)
+    # x, the product and its hyperbolic tangent, then 8 x 2 x 4 x 6 and the sum
+    assert reach.of(reach.dim(x, 0)) == 16 * 4 * 5 + 3 * 16 * 4 * 6 + 8 * 2 * 6
+    # what is contracted is a dim of each operand alone
+    assert reach.of(reach.dim(w, 0)) == 5 * 6
+
+
+def test_loops_over_layers_pass_the_batch_on() -> None:
+    def run(ws: Any, x: Any) -> Any:
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0]
+
+    result = propagate(run, arr(3, 8, 8), arr(16, 8)).result
+    x, (out,) = result.program.body.inputs[1], result.program.body.outputs
+    reach = Reach(result.program.values, result.links)
+    assert reach.dim(x, 0) == reach.dim(out, 0)
+
+
+@pytest.mark.parametrize(
+    "inside, known",
+    [((None, None), True), (("fsdp", None), True), ((P.UNCONSTRAINED, "fsdp"), False)],
+    ids=["whole", "batch", "features"],
+)
+def test_annotations_inside_that_say_otherwise(inside: Any, known: bool) -> None:
+    """An axis that they give to another dim, or keep from the batch, is for neighbours."""
+
+    def run(w: Any, x: Any) -> Any:
+        return jnp.tanh(shard(x @ w, *inside)) @ w.T
+
+    found = propagate(run, arr(8, 8), arr(64, 8), in_shardings=(P("fsdp"), P("fsdp")))
+    annotations = [(value, s) for value, s in found.traced.annotations]
+    reach = Reach(found.result.program.values, found.result.links)
+    batch = reach.dim(found.result.program.body.inputs[1], 0)
+    first = furthest(found.result.program, annotations, reach)
+    expected = {"fsdp": batch} if known and inside != (None, None) else {}
+    assert first == expected
+
+
+# --- what comes of it -----------------------------------------------------------------------------
+
+
+def test_a_bias_does_not_speak_for_what_it_is_added_to() -> None:
+    """It is repeated along the batch, explicitly or not."""
+    for add in (lambda x, b: x + b, lambda x, b: x + jnp.broadcast_to(b, x.shape)):
+        found = propagate(
+            lambda x, b, add=add: add(jnp.cumsum(x, 0), b), arr(64, 8), arr(8),
+            in_shardings=(P("fsdp"), P("fsdp")),
+        )  # fmt: skip
+        assert found.out_shardings.spec == P("fsdp")
+    alone = propagate(lambda x, b: x + b, arr(64, 8), arr(8), in_shardings=(None, P("fsdp")))
+    assert alone.out_shardings.spec == P(None, "fsdp")
+
+
+def test_an_index_with_a_dim_of_size_one_more_is_no_larger_copy() -> None:
+    """The rows of a table go where the tokens are, and not where its transposition would be."""
+
+    def run(table: Any, tokens: Any) -> Any:
+        return jnp.tanh(table[tokens]) @ table.T
+
+    args = (arr(64, 32), arr(1024, dtype=jnp.int32))
+    found = propagate(run, *args, in_shardings=(P("fsdp"), P("fsdp")))
+    assert found.out_shardings.spec == P("fsdp")
+
+
+def test_small_weights_wait_for_the_batch() -> None:
+    """The first product is contested, and waits; the second's weights must not take the residual
+    stream meanwhile."""
+
+    def run(x: Any, w: Any, v: Any) -> Any:
+        h = x @ w
+        return h + jnp.tanh(h) @ v
+
+    args = (arr(512, 16), arr(16, 32), arr(32, 32))
+    specs = (P("fsdp"), P(None, "fsdp"), P(None, "fsdp"))
+    found = propagate(run, *args, in_shardings=specs)
+    assert made_by(found, "dot_general") == ["[fsdp?, ?]"] * 2
+
+
+def test_weights_larger_than_what_they_multiply_stay() -> None:
+    """Eight rows through a wide layer: the rows are gathered, and not the weights."""
+    args = (arr(8, 512), arr(512, 4096))
+    found = propagate(
+        lambda x, w: jnp.tanh(x @ w), *args, in_shardings=(P("fsdp"), P(None, "fsdp"))
+    )
+    assert made_by(found, "dot_general") == ["[?, fsdp?]"]
+
+
+def test_a_table_does_not_speak_for_what_is_read_from_it() -> None:
+    """It is larger than the indices; what is read, larger still, would have to be moved back."""
+
+    def run(table: Any, tokens: Any, w: Any) -> Any:
+        return jnp.tanh(table[tokens] @ w).sum(1)
+
+    args = (arr(64, 256), arr(512, dtype=jnp.int32), arr(256, 256))
+    found = propagate(run, *args, in_shardings=(P(None, "fsdp"), P("fsdp"), P(None, "fsdp")))
+    assert made_by(found, "gather") == ["[fsdp?, ?]"]
+    assert found.out_shardings.spec == P("fsdp")
