@@ -1,7 +1,8 @@
 """Propagation: from the annotated values to a sharding for every value, to a fixed point.
 
 Shardings are only ever refined. Rounds of user priority contain levels of op priority: what costs
-nothing propagates before what costs a reduction. Every decision is kept (`provenance.Event`).
+nothing propagates before what costs a reduction, and what more of the program has before what less
+of it has (`reach`). Every decision is kept (`provenance.Event`).
 """
 
 import heapq
@@ -23,7 +24,7 @@ from sharding.spec import DimSharding, Sharding, check_axes
 
 LEVELS = (
     "pointwise, reshape, transpose and data-flow edges",
-    "of every operation, the passing factor that reaches furthest",
+    "passing factors, of each axis of the arguments along the dim that reaches furthest",
     "passing factors of every operation",
     "reduced factors",
     "broadcasts forward",

@@ -119,11 +119,13 @@ def test_small_weights_wait_for_the_batch() -> None:
     assert made_by(found, "dot_general") == ["[fsdp?, ?]"] * 2
 
 
-def test_weights_larger_than_what_they_multiply_stay() -> None:
-    """Eight rows through a wide layer: the rows are gathered, and not the weights."""
-    args = (arr(8, 512), arr(512, 4096))
+@pytest.mark.parametrize("wide", [512, 1 << 20])
+def test_weights_larger_than_what_they_multiply_stay(wide: int) -> None:
+    """Eight rows through a wide layer: the rows are gathered, and not the weights; even where the
+    rest of the program has more of the rows."""
+    args = (arr(8, wide), arr(512, 4096))
     found = propagate(
-        lambda x, w: jnp.tanh(x @ w), *args, in_shardings=(P("fsdp"), P(None, "fsdp"))
+        lambda x, w: jnp.tanh(x[:, :512] @ w), *args, in_shardings=(P("fsdp"), P(None, "fsdp"))
     )
     assert made_by(found, "dot_general") == ["[?, fsdp?]"]
 
