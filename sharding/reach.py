@@ -31,16 +31,17 @@ class Reach:
 
     def __init__(self, values: Sequence[Value], links: Sequence[Any]):
         self._start: list[int] = []
-        elements: list[int] = []
+        count = 0
         for value in values:
-            self._start.append(len(elements))
-            elements += [prod(value.shape)] * value.rank
-        self._parent = list(range(len(elements)))
+            self._start.append(count)
+            count += value.rank
+        self._parent = list(range(count))
         for link in links:
             self._join(link)
-        self._total = [0] * len(elements)
-        for i, count in enumerate(elements):
-            self._total[self._root(i)] += count
+        self._total = [0] * count
+        for value in values:
+            for dim in {self.dim(value, d) for d in range(value.rank)}:
+                self._total[dim] += prod(value.shape)
 
     def dim(self, value: Value, d: int) -> int:
         """The dim of the program that dim `d` of a value is, as a number."""
@@ -51,14 +52,16 @@ class Reach:
         return self._total[dim]
 
     def _join(self, link: Any) -> None:
-        """The places of each passing factor. Of a dim of several, the major one is what goes on."""
+        """The places of each passing factor. Of a dim of several, the major one is what goes on.
+        What is repeated, as a table of positions is, is no part of what it is added to."""
+        rule = link.rule
         first: dict[str, int] = {}
-        for value, dims in zip(link.values, link.rule.tensors, strict=True):
-            for d, names in enumerate(dims):
-                name = next((f for f in names if _passes(link.rule.factors[f])), None)
+        for t, (value, dims) in enumerate(zip(link.values, rule.tensors, strict=True)):
+            for d, names in enumerate(dims if t not in rule.spread else ()):
+                name = next((f for f in names if _passes(rule.factors[f])), None)
                 if name is not None:
-                    place = self._root(self._start[value.id] + d)
-                    self._parent[place] = first.setdefault(name, place)
+                    place = self.dim(value, d)
+                    self._parent[place] = self._root(first.setdefault(name, place))
 
     def _root(self, i: int) -> int:
         parent = self._parent

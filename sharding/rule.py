@@ -135,15 +135,14 @@ class Rule:
 
     @cached_property
     def spread(self) -> frozenset[int]:
-        """Operands that are repeated along factors which another operand has, as a bias is along
-        the batch, and the operand of an equation that only repeats it."""
-        if not (self.early or self.expands):
+        """Operands that are repeated along factors of the result which they do not have, as a bias
+        is along the batch."""
+        if self.elementary or not (self.early or self.expands):
             return frozenset()
-        count = len(self.operands)
-        wide = {f for f, factor in self.factors.items() if factor.size > 1}
-        own = [{f for names in self.operands[t] for f in names} & wide for t in range(count)]
-        most = max(map(len, own), default=0)
-        return frozenset(t for t in range(count) if self.expands or len(own[t]) < most)
+        made = {f for dims in self.results for names in dims for f in names}
+        wide = {f for f in made if self.factors[f].size > 1}
+        own = [{f for names in dims for f in names} for dims in self.operands]
+        return frozenset(t for t, mine in enumerate(own) if not wide <= mine)
 
     @cached_property
     def simple(self) -> bool:

@@ -143,7 +143,10 @@ def _needed(inspector: Inspector, move: Move) -> Iterator[str]:
         dims = move.dst.dims[len(move.dst.dims) - inner.rank :]
         yield from inspector.origins(inner, Layout(dims))
         return
-    used = inspector.computes[op.index][-1][0].assignment.axes
+    used = next(
+        compute.assignment.axes for compute, _ in reversed(inspector.computes[op.index])
+        if any(key.value is value and key.layout == move.dst for key in compute.operands)
+    )  # fmt: skip
     for d, names in enumerate(op.rule.operands[op.inputs.index(value)]):
         axes = move.dst.dims[d]
         if axes:

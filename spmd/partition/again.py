@@ -1,7 +1,8 @@
 """Values that are made again in another layout, and not moved there.
 
 An iota or a filled array is made anywhere; the transposition or the cast of something that is at
-hand in the layout already costs next to nothing, as that of weights that were gathered before.
+hand in the layout already costs next to nothing, as that of weights that were gathered before;
+which stay there until then.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from sharding.spec import Layout
 from spmd.partition.choose import forced, makes, needs
 from spmd.partition.plan import Assignment
 from spmd.partition.tensor import Tensor
+
+_DEEPEST = 4  # operations, one of the other, that are done again
 
 
 def made_from_nothing(op: Op) -> bool:
@@ -32,14 +35,11 @@ def from_nothing(value: Value) -> bool:
     return value.op is not None and made_from_nothing(value.op)
 
 
-_DEEPEST = 4  # operations, one of the other, that are done again
-
-
 def again(
     value: Value, need: Layout, at_hand: Callable[[Value], Sequence[Layout]], mesh: MeshShape,
     depth: int = _DEEPEST,
 ) -> Assignment | None:  # fmt: skip
-    """How the operation of a value makes it anew, in a layout and without any collective; None
+    """How the operation of a value makes it anew in a layout, and moves no array for it; None
     where it does not. Its operand may have to be made anew as well.
 
     Args:
@@ -54,8 +54,8 @@ def again(
     if not (made_from_nothing(op) or _next_to_nothing(op)):
         return None
     assignment = forced(op.rule, need, mesh)
-    if makes(op.rule, assignment, mesh)[0] != need:
-        return None
+    if makes(op.rule, assignment, mesh)[0] != need or op.rule.alone.keys() & assignment.axes:
+        return None  # there, or what crosses shards would be exchanged
     operands = [Tensor(v.shape, v.itemsize, tuple(at_hand(v))) for v in op.inputs]
     wanted = needs(op.rule, assignment, operands, mesh)
     there = all(
@@ -66,9 +66,10 @@ def again(
 
 
 def _next_to_nothing(op: Op) -> bool:
-    """One array, as large as the result, with its elements in other places, or each by itself."""
+    """One array, as large as the result, with its elements in other places, or each changed by
+    itself; linear, which is what tells a product with a scalar from a power."""
     if op.control is not None or len(op.outputs) != 1:
         return False
     rule, arrays = op.rule, [v for v in op.inputs if v.rank]
-    plain = rule.early and not rule.once and rule.annotation is None
+    plain = rule.early and bool(rule.linear) and rule.annotation is None
     return plain and len(arrays) == 1 and prod(arrays[0].shape) == prod(op.outputs[0].shape)

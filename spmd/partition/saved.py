@@ -18,7 +18,7 @@ from sharding.mesh import MeshShape
 from sharding.program import Value
 from sharding.spec import Layout
 from spmd.partition.diagnose import gather
-from spmd.partition.plan import Compute, Key, Move, ProgramPlan
+from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
 from spmd.partition.reshard import plan as route
 
 Assumed = Mapping[int, Layout]
@@ -42,7 +42,7 @@ class Gather(NamedTuple):
 
 def save_gathers(
     plan: ProgramPlan,
-    again: Callable[[Assumed], ProgramPlan],
+    anew: Callable[[Assumed], ProgramPlan],
     peak: Callable[[ProgramPlan], int],
     limit: int,
 ) -> ProgramPlan:
@@ -50,7 +50,7 @@ def save_gathers(
     first.
 
     Args:
-      again: plans the program with layouts assumed.
+      anew: plans the program with layouts assumed.
       peak: predicted bytes of a plan on a device.
       limit: the most that it may be.
     """
@@ -58,7 +58,7 @@ def save_gathers(
 
     def planned(chosen: Sequence[Gather]) -> ProgramPlan | None:
         """With these; None where that does not fit."""
-        other = again({value: x for each in chosen for value, x in each.assumed.items()})
+        other = anew({value: x for each in chosen for value, x in each.assumed.items()})
         return other if peak(other) <= limit else None
 
     best, low, high = plan, 0, len(found)
@@ -81,20 +81,49 @@ def sent(plan: ProgramPlan) -> float:
 
 def gathers(plan: ProgramPlan) -> Iterator[Gather]:
     """Values that loops gather, whole or by slices, for more bytes than the whole takes once."""
-    found: dict[int, list[_Piece]] = {}
-    values: dict[int, Key] = {}
-    for instruction in plan.body.code:
-        if isinstance(instruction, Compute):
-            for key in {key.value.id: key for key in instruction.operands}.values():
-                values.setdefault(key.value.id, key)
-                pieces = found.setdefault(key.value.id, [])
-                pieces += _inside(instruction, key.value, 1, 0)
-    for number, pieces in found.items():
-        value = values[number].value
-        here = _Piece(value, 0, _moves(plan.body.code, value, 1))
-        each = _gather(values[number], [here, *pieces], plan.mesh)
+    index = _Index({})
+    here, loops = index.of(plan.body)
+    pieces: dict[int, list[_Piece]] = {}
+    for loop in loops:
+        for value in {key.value.id: key.value for key in loop.operands}.values():
+            moves = [(move, 1) for move in here.get(value.id, ())]
+            known = pieces.setdefault(value.id, [_Piece(value, 0, moves)])
+            known.extend(_inside(loop, value, 1, 0, index))
+    made = _made(plan)
+    for number, found in pieces.items():
+        each = _gather(made[number], found, plan.mesh) if number in made else None
         if each is not None:
             yield each
+
+
+class _Index(NamedTuple):
+    """Of every region, what moves in it by the id of the value, and which equations have regions;
+    each is walked once."""
+
+    known: dict[int, tuple[dict[int, list[Move]], list[Compute]]]
+
+    def of(self, region: RegionPlan) -> tuple[dict[int, list[Move]], list[Compute]]:
+        found = self.known.get(id(region))
+        if found is None:
+            moves: dict[int, list[Move]] = {}
+            for i in region.code:
+                if isinstance(i, Move) and i.plan.bytes:
+                    moves.setdefault(i.value.id, []).append(i)
+            loops = [i for i in region.code if isinstance(i, Compute) and i.regions]
+            found = self.known[id(region)] = (moves, loops)
+        return found
+
+
+def _made(plan: ProgramPlan) -> dict[int, Key]:
+    """Values of the program in the layout that they are made in, by id."""
+    body = plan.body
+    pairs = zip(body.region.inputs, body.inputs, strict=True)
+    found = {value.id: Key(value, layout) for value, layout in pairs}
+    for instruction in body.code:
+        if isinstance(instruction, Compute):
+            for key in instruction.results:
+                found.setdefault(key.value.id, key)
+    return found
 
 
 class _Piece(NamedTuple):
@@ -111,7 +140,9 @@ class _Piece(NamedTuple):
     moves: list[tuple[Move, int]]
 
 
-def _inside(instruction: Compute, value: Value, runs: int, cut: int) -> Iterator[_Piece]:
+def _inside(
+    instruction: Compute, value: Value, runs: int, cut: int, index: _Index
+) -> Iterator[_Piece]:
     """What the regions of an equation see of an operand that they do not change, and what regions
     inside of them do.
 
@@ -120,26 +151,20 @@ def _inside(instruction: Compute, value: Value, runs: int, cut: int) -> Iterator
       cut: dims that loops around it have run over already.
     """
     op = instruction.op
-    if op.control is None or not instruction.regions:
+    if op.control is None:
         return
-    carried = {(region, into) for region, _, into in op.control.carries(op)}
+    into = {(region, into) for region, _, into in op.control.carries(op)}
+    carried = {port.outer for port in op.in_ports if (port.region, port.inner) in into}
     runs *= op.control.trips(op) if op.control.counted else 1
     for port in op.in_ports:
-        changed = any(port.lead) or (port.region, port.inner) in carried
-        if op.inputs[port.outer] is not value or changed:
+        if op.inputs[port.outer] is not value or any(port.lead) or port.outer in carried:
             continue
         name = op.regions[port.region].inputs[port.inner]
-        code = instruction.regions[port.region].code
-        yield _Piece(name, cut + port.stacked, _moves(code, name, runs))
-        for each in code:
-            if isinstance(each, Compute):
-                yield from _inside(each, name, runs, cut + port.stacked)
-
-
-def _moves(code: Sequence[Move | Compute], value: Value, runs: int) -> list[tuple[Move, int]]:
-    return [
-        (i, runs) for i in code if isinstance(i, Move) and i.value is value and i.plan.bytes
-    ]
+        moves, loops = index.of(instruction.regions[port.region])
+        less = cut + port.stacked
+        yield _Piece(name, less, [(move, runs) for move in moves.get(name.id, ())])
+        for each in loops:
+            yield from _inside(each, name, runs, less, index)
 
 
 def _gather(key: Key, pieces: list[_Piece], mesh: MeshShape) -> Gather | None:

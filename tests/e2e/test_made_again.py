@@ -53,9 +53,13 @@ def test_tied_embeddings_are_gathered_once() -> None:
     assert gathers(found) == (1, 2 * GATHERED)
 
 
-def test_not_what_is_dear() -> None:
-    """Nor is an exponential computed by every device for the whole array."""
-    found = with_weights(lambda w, x: jnp.tanh(x @ w) @ jnp.exp(w))
+@pytest.mark.parametrize(
+    "change",
+    [jnp.exp, lambda w: jnp.abs(w) ** 1.3, jax.lax.optimization_barrier],
+    ids=["exponential", "power", "kept apart"],
+)
+def test_not_what_is_dear_or_was_asked_for(change: Any) -> None:
+    found = with_weights(lambda w, x: jnp.tanh(x @ w) @ change(w))
     assert gathers(found)[0] == 2
 
 

@@ -292,6 +292,13 @@ def test_weights_that_each_microbatch_gathers() -> None:
         assert gathered(found) == (count, count * GATHERED / LAYERS)
 
 
+def test_what_no_loop_takes_is_left_alone() -> None:
+    """A value that the program gathers itself, once, is nothing to plan again for."""
+    run = lambda w, x: jnp.tanh(jnp.tanh(x @ w["a"][0]) @ w["b"][0])  # noqa: E731
+    out = spmd.jit(run, mesh=mesh(), in_shardings=SPECS[0])
+    assert not list(gathers(out.trace(*ARGS).propagate().partition().plan))
+
+
 def test_layers_without_a_loop() -> None:
     """Each is gathered where it runs and again on the way back, or once."""
 

@@ -94,6 +94,46 @@ def test_a_bias_does_not_speak_for_what_it_is_added_to() -> None:
     assert alone.out_shardings.spec == P(None, "fsdp")
 
 
+def test_two_that_are_repeated_along_each_other_s_dims() -> None:
+    """Neither speaks before the batch does, which comes by another way."""
+
+    def run(v: Any, t: Any, w: Any) -> Any:
+        scaled = jax.lax.broadcast_in_dim(v, (64, 1, 1), (0,)) * t[None]
+        return jnp.tanh(scaled @ w)
+
+    args = (arr(64), arr(4, 8), arr(8, 8))
+    found = propagate(run, *args, in_shardings=(P("fsdp"), P(None, "fsdp"), None))
+    assert found.out_shardings.spec == P("fsdp")
+
+
+def test_what_a_barrier_keeps_together_is_not_one_shape() -> None:
+    """The batch goes through it, though one of its operands has more dims."""
+
+    def run(x: Any, kernel: Any) -> Any:
+        return jax.lax.optimization_barrier((x, kernel))[0] * 2
+
+    found = propagate(run, arr(64, 8), arr(3, 3, 8, 8), in_shardings=(P("fsdp"), None))
+    levels = {e.level for e in found.result.events}
+    assert found.out_shardings.spec == P("fsdp") and levels == {0}
+
+
+def test_positions_do_not_reach_through_what_their_table_is_added_to() -> None:
+    """A table of positions that is sharded along them is gathered, and not the batch."""
+
+    def run(table: Any, places: Any, tokens: Any) -> Any:
+        x = table[tokens] + places
+        scores = jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", x, x))
+        return jnp.tanh(jnp.einsum("bqk,bkd->bqd", scores, x))
+
+    args = (arr(64, 32), arr(64, 32), arr(16, 64, dtype=jnp.int32))
+    found = propagate(run, *args, in_shardings=(P(), P("fsdp"), P("fsdp")))
+    assert found.out_shardings.spec == P("fsdp")
+    result = found.result
+    reach, tokens = Reach(result.program.values, result.links), result.program.body.inputs[2]
+    # scores have positions twice, and count once
+    assert reach.of(reach.dim(tokens, 1)) <= reach.of(reach.dim(tokens, 0))
+
+
 def test_an_index_with_a_dim_of_size_one_more_is_no_larger_copy() -> None:
     """The rows of a table go where the tokens are, and not where its transposition would be."""
 
