@@ -57,7 +57,9 @@ class Reach:
         rule = link.rule
         first: dict[str, int] = {}
         for t, (value, dims) in enumerate(zip(link.values, rule.tensors, strict=True)):
-            for d, names in enumerate(dims if t not in rule.spread else ()):
+            if t in rule.spread:
+                continue
+            for d, names in enumerate(dims):
                 name = next((f for f in names if _passes(rule.factors[f])), None)
                 if name is not None:
                     place = self.dim(value, d)
