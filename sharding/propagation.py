@@ -137,7 +137,6 @@ class _Propagation:
         self.links = make_links(program)
         self.reach = Reach(program.values, self.links)
         self.first = furthest(program, annotations, self.reach)
-        self.levels = [n for n in range(len(LEVELS)) if n != _FURTHEST or self.first]
         self.touching: list[list[int]] = [[] for _ in range(count)]
         for i, link in enumerate(self.links):
             for value in link.values:
@@ -153,7 +152,9 @@ class _Propagation:
         for priority in sorted({d.priority for _, s in self.annotations for d in s.dims} | {0}):
             for value, sharding in self.annotations:
                 self.annotate(value, sharding, priority)
-            for self.level in self.levels:
+            for self.level in range(len(LEVELS)):
+                if self.level == _FURTHEST and not self.first:
+                    continue
                 self.enqueue_all()
                 self.settle()
         shardings = tuple(self.final(v) for v in self.program.values)
