@@ -223,8 +223,11 @@ class _Propagation:
             for t, v in enumerate(link.values)
         ]
         best = self.proposals(index, factors)
+        clashing: list[tuple[Proposal, Proposal, int]] = []
+        if not apart(best):
+            best = self.weighed(link, best)
+            clashing = self.clashing(link, best, factors)
         late = self.late(link, best)
-        clashing = [] if apart(best) else self.clashing(link, best, factors)
         if decide:  # but for what a stronger one wants, which has its turn later
             waiting = {(q.factor, t) for p, q, t in clashing if p.factor in late}
         else:
@@ -287,12 +290,18 @@ class _Propagation:
                     best[name] = new
                 elif old.axes != new.axes:
                     best[name] = self.stronger(index, old, new)
-        if not apart(best.values()):
-            reach = {name: self.reach.of(self.dim(link, name)) for name in best}
-            results = sum(prod(v.shape) for v in link.values[operands:])
-            for name in [name for name in best if reach[name] == max(reach.values())]:
-                best[name] = best[name]._replace(elements=best[name].elements + results)
         return sorted(best.values(), key=rank) if len(best) > 1 else list(best.values())
+
+    def weighed(self, link: Link, best: list[Proposal]) -> list[Proposal]:
+        """Proposals that want one axis, the strongest first: for those that reach furthest the
+        results count, which would have to move back."""
+        reach = [self.reach.of(self.reach.factor(link, p.factor)) for p in best]
+        results = sum(prod(v.shape) for v in link.values[len(link.rule.operands) :])
+        found = [
+            p._replace(elements=p.elements + results) if far == max(reach) else p
+            for p, far in zip(best, reach, strict=True)
+        ]
+        return sorted(found, key=rank)
 
     def late(self, link: Link, best: list[Proposal]) -> set[str]:
         """Factors whose proposals count, but do not go anywhere yet."""
@@ -300,15 +309,10 @@ class _Propagation:
             return set()
         found: set[str] = set()
         for p in best:
-            dim = self.dim(link, p.factor)
+            dim = self.reach.factor(link, p.factor)
             if any(dim != first and clashes(axis, p.axes) for axis, first in self.first.items()):
                 found.add(p.factor)
         return found
-
-    def dim(self, link: Link, factor: str) -> int:
-        """The dim of the program that a factor is."""
-        t, d = link.rule.where[factor][0]
-        return self.reach.dim(link.values[t], d)
 
     def stronger(self, index: int, old: Proposal, new: Proposal) -> Proposal:
         """The longer of two that agree; by policy where they do not."""

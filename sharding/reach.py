@@ -47,6 +47,11 @@ class Reach:
         """The dim of the program that dim `d` of a value is, as a number."""
         return self._root(self._start[value.id] + d)
 
+    def factor(self, link: Any, name: str) -> int:
+        """The dim of the program that a factor of a link's rule is."""
+        t, d = link.rule.where[name][0]
+        return self.dim(link.values[t], d)
+
     def of(self, dim: int) -> int:
         """Elements of all values that have a dim of the program."""
         return self._total[dim]
@@ -88,8 +93,8 @@ def furthest(
     for value, sharding in annotations:
         for d, dim in enumerate(sharding.dims if value.id in entering else ()):
             for axis in dim.axes if value.shape[d] > 1 else ():
-                places = (found[axis], reach.dim(value, d)) if axis in found else ()
-                found[axis] = max(places, key=reach.of) if places else reach.dim(value, d)
+                here = reach.dim(value, d)
+                found[axis] = max(found.get(axis, here), here, key=reach.of)
     for value, sharding in annotations:
         for d, dim in enumerate(() if value.id in entering | leaving else sharding.dims):
             place = reach.dim(value, d)

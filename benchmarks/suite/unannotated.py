@@ -88,6 +88,12 @@ class ScannedGpt(nn.Module):
         return nn.Dense(VOCAB)(nn.LayerNorm()(x))
 
 
+def patches(images: Any, width: int) -> Any:
+    """Of images [batch, h, w, 3] squares of 4 x 4, as [batch, patches, width]; for a module."""
+    x = nn.Conv(width, (4, 4), strides=(4, 4))(images)
+    return x.reshape(x.shape[0], -1, width)
+
+
 class Vit(nn.Module):
     """Patches, a class token, position embeddings: images [batch, h, w, 3] -> logits."""
 
@@ -95,8 +101,7 @@ class Vit(nn.Module):
 
     @nn.compact
     def __call__(self, images: Any) -> Any:
-        x = nn.Conv(self.width, (4, 4), strides=(4, 4))(images)
-        x = x.reshape(x.shape[0], -1, self.width)
+        x = patches(images, self.width)
         token = self.param("token", nn.initializers.zeros, (1, 1, self.width))
         x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, self.width)), x], axis=1)
         x = x + self.param("places", nn.initializers.normal(0.02), (1, x.shape[1], self.width))
@@ -144,8 +149,7 @@ class Mixer(nn.Module):
 
     @nn.compact
     def __call__(self, images: Any) -> Any:
-        x = nn.Conv(self.width, (4, 4), strides=(4, 4))(images)
-        x = x.reshape(x.shape[0], -1, self.width)
+        x = patches(images, self.width)
         for _ in range(2):
             y = jnp.swapaxes(nn.LayerNorm()(x), 1, 2)
             y = nn.Dense(x.shape[1])(nn.gelu(nn.Dense(2 * x.shape[1])(y)))
