@@ -52,7 +52,7 @@ class Gathered(NamedTuple):
     remedy: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rule:
     """How the factors of one equation make up the dims of its operands and results.
 
@@ -115,6 +115,16 @@ class Rule:
         object.__setattr__(self, "tensors", self.operands + self.results)
 
     @cached_property
+    def canonical(self) -> "Rule":
+        """The declaration without its functions, one object for all that are equal, as those of
+        repeated layers: what follows from it alone is worked out once."""
+        owned, alone = tuple(self.owned.items()), tuple(self.alone.items())
+        return _canonical(
+            self.operands, self.results, tuple(self.factors.items()), self.linear, alone,
+            self.divided, owned, self.elementary, self.early, self.expands, self.flops,
+        )  # fmt: skip
+
+    @cached_property
     def even(self) -> frozenset[str]:
         """Factors that are sharded evenly or not at all: those that are `divided`, and those that
         share a dim with another, since only even shards keep such a dim contiguous."""
@@ -157,6 +167,19 @@ class Rule:
                  for n, f in self.factors.items() if f.kind is not Kind.PASS]
         return f"{side(self.operands)} -> {side(self.results)}" + (
             f" [{', '.join(kinds)}]" if kinds else "")
+
+
+@lru_cache(maxsize=1 << 14)
+def _canonical(
+    operands: tuple[Dims, ...], results: tuple[Dims, ...], factors: tuple[tuple[str, Factor], ...],
+    linear: tuple[tuple[int, ...], ...], alone: tuple[tuple[str, frozenset[str]], ...],
+    divided: frozenset[str], owned: tuple[tuple[str, tuple[int, int]], ...],
+    elementary: bool, early: bool, expands: bool, flops: int,
+) -> Rule:  # fmt: skip
+    return Rule(
+        operands, results, dict(factors), linear, alone=dict(alone), divided=divided,
+        owned=dict(owned), elementary=elementary, early=early, expands=expands, flops=flops,
+    )  # fmt: skip
 
 
 class Merged(NamedTuple):

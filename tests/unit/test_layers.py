@@ -28,7 +28,7 @@ LAYERS = (
     ("sharding.op",),
     ("sharding.program",),
     ("sharding.provenance", "sharding.resolve"),
-    ("sharding.reach",),
+    ("sharding.decide", "sharding.reach"),
     ("sharding.propagation", "sharding.stated"),
     ("sharding.explain",),
     ("sharding",),
