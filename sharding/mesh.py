@@ -8,7 +8,7 @@ sub-axis `(m)k` of an axis of size n is the middle dimension when the axis is re
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import gcd, prod
 from typing import Any
 
@@ -64,6 +64,13 @@ class MeshShape:
                 )
         if problems:
             raise MeshError(*problems)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.axes, self.manual, self.across))
 
     @staticmethod
     def of(mesh: Any) -> "MeshShape":

@@ -8,18 +8,21 @@ from typing import Any, NamedTuple
 
 from sharding import _jax
 from sharding.region import Control, Manual, Port
-from sharding.rule import REGISTRY, Rule, replicated_rule
+from sharding.rule import REGISTRY, Kind, Rule, replicated_rule
 
 
 class Value:
     """One SSA value: an input, a constant, a literal or a result of an `Op`."""
 
-    __slots__ = ("aval", "const", "id", "name", "op", "shape")
+    __slots__ = ("aval", "const", "dtype", "id", "itemsize", "name", "op", "shape")
 
     def __init__(self, id: int, aval: Any, name: str = "", const: Any = None):
         self.id = id
         self.aval = aval
         self.shape: tuple[int, ...] = tuple(getattr(aval, "shape", ()))
+        self.dtype: Any = getattr(aval, "dtype", None)
+        # Bytes per element; of a random key, of its words.
+        self.itemsize: int = getattr(self.dtype, "itemsize", 4)
         self.name = name
         self.const = const
         self.op: Op | None = None
@@ -27,15 +30,6 @@ class Value:
     @property
     def rank(self) -> int:
         return len(self.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return getattr(self.aval, "dtype", None)
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes per element; of a random key, of its words."""
-        return getattr(self.dtype, "itemsize", 4)
 
     def __str__(self) -> str:
         return self.name or f"%{self.id}"
@@ -146,9 +140,20 @@ class Op:
         """
         return REGISTRY.rules.get(self.primitive, replicated_rule)(self)
 
-    @property
+    @cached_property
     def control(self) -> Control | None:
         return REGISTRY.controls.get(self.primitive)
+
+    @cached_property
+    def from_nothing(self) -> bool:
+        """An iota, or an array filled with a scalar: any layout of it costs nothing."""
+        return (
+            self.control is None
+            and len(self.outputs) == 1
+            and all(v.rank == 0 and v.const is not None for v in self.inputs)
+            and self.outputs[0].rank > 0
+            and not any(f.kind is Kind.REDUCE for f in self.rule.factors.values())
+        )
 
     @cached_property
     def in_ports(self) -> tuple[Port, ...]:

@@ -15,7 +15,8 @@ from sharding.op import Value
 from sharding.spec import Layout
 from spmd.arguments import output_names
 from spmd.explaining.explanation import Alternative, Explanation, Placed, ValueExplanation
-from spmd.partition.choose import makes, needs, weighed
+from spmd.partition.choose import weighed
+from spmd.partition.placed import makes, needs
 from spmd.partition.plan import Assignment, Compute, Key, Move
 from spmd.partition.reshard import plan
 

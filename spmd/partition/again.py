@@ -10,29 +10,17 @@ from math import prod
 
 from sharding.mesh import MeshShape
 from sharding.program import Op, Value
-from sharding.rule import Kind
 from sharding.spec import Layout
-from spmd.partition.choose import forced, makes, needs
+from spmd.partition.placed import forced, makes, needs
 from spmd.partition.plan import Assignment
 from spmd.partition.tensor import Tensor
 
 _DEEPEST = 4  # operations, one of the other, that are done again
 
 
-def made_from_nothing(op: Op) -> bool:
-    """An iota, or an array filled with a scalar: any layout of it costs nothing."""
-    return (
-        op.control is None
-        and len(op.outputs) == 1
-        and all(v.rank == 0 and v.const is not None for v in op.inputs)
-        and op.outputs[0].rank > 0
-        and not any(f.kind is Kind.REDUCE for f in op.rule.factors.values())
-    )
-
-
 def from_nothing(value: Value) -> bool:
-    """Whether its operation makes it so."""
-    return value.op is not None and made_from_nothing(value.op)
+    """Whether its operation makes it anywhere, for nothing."""
+    return value.op is not None and value.op.from_nothing
 
 
 def again(
@@ -51,7 +39,7 @@ def again(
     op, known = value.op, {axis for axis, _ in mesh.axes}
     if op is None or need.partial or not need.used <= known:
         return None  # the plan is made again on a mesh with those parts of axes
-    if not (made_from_nothing(op) or _next_to_nothing(op)):
+    if not (op.from_nothing or _next_to_nothing(op)):
         return None
     assignment = forced(op.rule, need, mesh)
     if makes(op.rule, assignment, mesh)[0] != need or op.rule.alone.keys() & assignment.axes:

@@ -13,13 +13,14 @@ from math import prod
 from typing import NamedTuple
 
 from sharding.mesh import MeshShape, axes_size, axis_size
-from sharding.project import expressible, to_dims, to_factors
+from sharding.project import to_factors
 from sharding.rule import Kind, Rule
 from sharding.spec import Layout
 from spmd import cost
+from spmd.partition.placed import legal, makes, needs
 from spmd.partition.plan import Assignment
 from spmd.partition.reshard import local_bytes, plan
-from spmd.partition.tensor import Tensor, can_carry, carriable, linear_group
+from spmd.partition.tensor import Tensor, can_carry, carriable
 
 _CARRY = "(carried)"
 _NONE = ""
@@ -27,47 +28,18 @@ _MAX_CANDIDATES = 512
 _REDUCTIONS = ("all_reduce", "reduce_scatter", "slice")
 
 
-def needs(
-    rule: Rule, assignment: Assignment, operands: Sequence[Tensor], mesh: MeshShape
-) -> tuple[Layout, ...]:
-    """The layout that every operand must have under an assignment."""
-    group = linear_group(rule, assignment.carried, operands, False)
-    group = group or linear_group(rule, assignment.carried, operands, True) or ()
-    carried = tuple((a, "add") for a in assignment.carried)
-    factors = assignment.axes
-    return tuple(
-        Layout(to_dims(rule, i, factors, mesh), carried if i in group else ())
-        for i in range(len(operands))
-    )
-
-
-def makes(rule: Rule, assignment: Assignment, mesh: MeshShape) -> tuple[Layout, ...]:
-    """The layout that every result has under an assignment: partial over reduced factors."""
-    partial = [(a, "add") for a in assignment.carried]
-    for name, axes in assignment.factors:
-        factor = rule.factors[name]
-        if factor.kind is Kind.REDUCE:
-            partial += [(a, factor.monoid) for a in axes]
-    factors = assignment.axes
-    first = len(rule.operands)
-    return tuple(
-        Layout(to_dims(rule, first + r, factors, mesh), tuple(sorted(partial)))
-        for r in range(len(rule.results))
-    )
-
-
 def choose(
     rule: Rule, operands: tuple[Tensor, ...], results: tuple[Tensor, ...], mesh: MeshShape
 ) -> Assignment:
     """The cheapest legal assignment; memoised, since layers repeat."""
-    return _choose(_Keyed(rule), operands, results, mesh)[0]
+    return _choose(rule.canonical, operands, results, mesh)[0]
 
 
 def costs(
     rule: Rule, operands: tuple[Tensor, ...], results: tuple[Tensor, ...], mesh: MeshShape
 ) -> tuple[Assignment, float]:
     """What `choose` chooses, and its cost: reshards and local work."""
-    return _choose(_Keyed(rule), operands, results, mesh)
+    return _choose(rule.canonical, operands, results, mesh)
 
 
 def weighed(
@@ -99,34 +71,13 @@ def alternatives(
     rule: Rule, operands: tuple[Tensor, ...], result: Tensor, mesh: MeshShape
 ) -> Alternatives | None:
     """The two ways of an equation with one result; None where it cannot leave it partial."""
-    return _alternatives(_Keyed(rule), operands, result, mesh)
-
-
-class _Keyed:
-    """A rule that hashes by content: rules of repeated layers are equal, not identical."""
-
-    __slots__ = ("hash", "key", "rule")
-
-    def __init__(self, rule: Rule):
-        factors = tuple(rule.factors.items())
-        alone = tuple(rule.alone.items())
-        self.key = (
-            rule.operands, rule.results, factors, rule.linear, rule.flops, alone, rule.divided
-        )
-        self.rule, self.hash = rule, hash(self.key)
-
-    def __hash__(self) -> int:
-        return self.hash
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Keyed) and self.key == other.key
+    return _alternatives(rule.canonical, operands, result, mesh)
 
 
 @lru_cache(maxsize=1 << 16)
 def _choose(
-    keyed: _Keyed, operands: tuple[Tensor, ...], results: tuple[Tensor, ...], mesh: MeshShape
+    rule: Rule, operands: tuple[Tensor, ...], results: tuple[Tensor, ...], mesh: MeshShape
 ) -> tuple[Assignment, float]:
-    rule = keyed.rule
     best, best_cost = None, float("inf")
     for assignment in _candidates(rule, operands, results, mesh):
         total = _cost(rule, assignment, operands, results, mesh, best_cost)
@@ -138,9 +89,9 @@ def _choose(
 
 @lru_cache(maxsize=1 << 14)
 def _alternatives(
-    keyed: _Keyed, operands: tuple[Tensor, ...], result: Tensor, mesh: MeshShape
+    rule: Rule, operands: tuple[Tensor, ...], result: Tensor, mesh: MeshShape
 ) -> Alternatives | None:
-    rule, infinite = keyed.rule, float("inf")
+    infinite = float("inf")
     alone = partial = reduction = infinite
     best = result.layouts[0]
     unread = result._replace(used=False)
@@ -154,34 +105,6 @@ def _alternatives(
                 wanted = result.layouts[0]
                 reduction = plan(made, wanted, result.shape, result.itemsize, mesh).cost
     return None if partial == infinite else Alternatives(alone, partial, reduction, best)
-
-
-def expected(
-    rule: Rule, operand: int, operands: Sequence[Layout], results: Sequence[Layout],
-    mesh: MeshShape,
-) -> Layout:  # fmt: skip
-    """The layout that an equation is likely to need of an operand: results decide the passing
-    factors, operands the reduced ones."""
-    factors: dict[str, tuple[str, ...]] = {}
-    for r, layout in enumerate(results):
-        factors.update(to_factors(rule, len(operands) + r, layout.dims, mesh))
-    taken = {a for axes in factors.values() for a in axes}
-    for i, layout in enumerate(operands):
-        for name, axes in to_factors(rule, i, layout.dims, mesh).items():
-            if rule.factors[name].kind is Kind.REDUCE and taken.isdisjoint(axes):
-                factors.setdefault(name, axes)
-    return Layout(to_dims(rule, operand, factors, mesh))
-
-
-def forced(
-    rule: Rule, result: Layout, mesh: MeshShape
-) -> Assignment:
-    """The assignment that makes exactly `result`: for annotations, and values made from nothing."""
-    factors = to_factors(rule, len(rule.operands), result.dims, mesh)
-    legal = {n: a for n, a in factors.items() if rule.factors[n].kind is not Kind.FIXED}
-    if not _legal(rule, legal, mesh):
-        legal = {}
-    return Assignment(tuple(legal.items()))
 
 
 def _candidates(
@@ -217,7 +140,7 @@ def _all_candidates(
     for combo in product(*choices):
         assignment = _assemble(rule, axes, combo, options.order)
         carries = can_carry(rule, assignment.carried, operands, mixed)
-        if carries and _legal(rule, assignment.axes, mesh):
+        if carries and legal(rule, assignment.axes, mesh):
             yield assignment
     yield Assignment(())
 
@@ -293,15 +216,6 @@ def _assemble(
             factors.append((name, taken))
     carried = tuple(sorted(a for a, name in chosen.items() if name == _CARRY))
     return Assignment(tuple(factors), carried)
-
-
-def _legal(rule: Rule, factors: Mapping[str, tuple[str, ...]], mesh: MeshShape) -> bool:
-    if rule.simple:
-        return True
-    for name, axes in factors.items():
-        if name in rule.even and rule.factors[name].size % axes_size(mesh, axes):
-            return False
-    return all(expressible(rule, t, factors, mesh) for t in range(len(rule.tensors)))
 
 
 def iterations(rule: Rule, factors: Mapping[str, tuple[str, ...]], mesh: MeshShape) -> float:

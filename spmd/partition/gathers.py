@@ -14,7 +14,8 @@ from typing import Any
 from sharding.program import Op, Value
 from sharding.rule import Kind
 from sharding.spec import Layout
-from spmd.partition.choose import costs, needs
+from spmd.partition.choose import costs
+from spmd.partition.placed import needs
 from spmd.partition.reshard import plan
 from spmd.partition.tensor import Tensor
 

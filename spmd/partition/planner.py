@@ -10,21 +10,14 @@ from sharding.mesh import MeshShape, axes_size, refine, refine_refs
 from sharding.program import Op, Region, Value
 from sharding.propagation import Propagated
 from sharding.region import Port
-from sharding.spec import Layout, Sharding
+from sharding.spec import Layout
 from spmd.partition import diagnose
-from spmd.partition.again import again, from_nothing, made_from_nothing
+from spmd.partition.again import again, from_nothing
 from spmd.partition.broadcasts import late_broadcasts
-from spmd.partition.choose import (
-    Alternatives,
-    alternatives,
-    choose,
-    expected,
-    forced,
-    makes,
-    needs,
-)
+from spmd.partition.choose import Alternatives, alternatives, choose
 from spmd.partition.gathers import shared
 from spmd.partition.loops import improved
+from spmd.partition.placed import expected, forced, makes, needs
 from spmd.partition.plan import (
     Assignment,
     Compute,
@@ -88,8 +81,8 @@ class _Planner:
         self.single = frozenset(name for name, size in propagated.mesh.axes if size == 1)
         self.uses = propagated.program.uses
         self.diagnostics: list[Diagnostic] = []
-        self.refined: dict[Sharding, Layout] = {}
-        self.layouts: dict[int, Layout] = {}
+        refined = {s: self.refine(s.layout) for s in {*propagated.shardings}}
+        self.layouts = [refined[s] for s in propagated.shardings]
         self.expected: dict[int, tuple[tuple[Layout, int], ...]] = {}
         self.alike: dict[int, tuple[tuple[Layout, int], ...]] = {}
         # Where sums are reduced, of all regions being planned: see `sums.Sums`.
@@ -131,15 +124,8 @@ class _Planner:
 
     def wanted(self, value: Value) -> Layout:
         """The propagated layout of a value, or the one that a pass assumes."""
-        if value.id in self.assumed:
-            return self.assumed[value.id]
-        found = self.layouts.get(value.id)
-        if found is None:
-            sharding = self.propagated.shardings[value.id]
-            if sharding not in self.refined:
-                self.refined[sharding] = self.refine(sharding.layout)
-            found = self.layouts[value.id] = self.refined[sharding]
-        return found
+        assumed = self.assumed.get(value.id) if self.assumed else None
+        return self.layouts[value.id] if assumed is None else assumed
 
     def settle(self, region: Region) -> None:
         """Decides where the partial sums of a region are reduced."""
@@ -275,7 +261,7 @@ class _Scope:
         if rule.elementary:
             self.keep(op)
             return
-        if (rule.annotation is not None and not _passes(op, operands)) or made_from_nothing(op):
+        if (rule.annotation is not None and not _passes(op, operands)) or op.from_nothing:
             assignment = forced(rule, wanted[0], self.mesh)
         elif rule.early and _agree(op, operands, wanted[0]):
             assignment = forced(rule, wanted[0], self.mesh)

@@ -13,8 +13,8 @@ from sharding.errors import Problem, VerificationError
 from sharding.mesh import MeshShape
 from sharding.program import Value, describe
 from sharding.spec import Layout
-from spmd.partition.choose import makes
 from spmd.partition.owners import made_of, owned, owners_of, shared_with, without
+from spmd.partition.placed import makes
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
 
 ENABLED = os.environ.get("SPMD_VERIFY", "") not in ("", "0")

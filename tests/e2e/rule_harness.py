@@ -21,8 +21,8 @@ from sharding.program import Op, build
 from sharding.rule import Kind, Rule
 from sharding.spec import Layout
 from spmd.partition.apply import apply, linear_index
-from spmd.partition.choose import _legal, makes, needs
 from spmd.partition.local import LocalView
+from spmd.partition.placed import legal, makes, needs
 from spmd.partition.plan import Assignment, Compute, Key
 from spmd.partition.reshard import plan
 from spmd.partition.tensor import Tensor
@@ -47,7 +47,7 @@ def assignments(rule: Rule, adds: bool) -> list[Assignment]:
     rng.shuffle(more)
     if rule.linear and adds:
         found += carried[:3]
-    found, more = ([a for a in drawn if _legal(rule, a.axes, MESH)] for drawn in (found, more))
+    found, more = ([a for a in drawn if legal(rule, a.axes, MESH)] for drawn in (found, more))
     return found + more[: max(4, DRAWS - len(found))]
 
 
