@@ -17,11 +17,11 @@ from sharding.spec import Layout
 from spmd.partition.choose import costs
 from spmd.partition.placed import needs
 from spmd.partition.reshard import plan
-from spmd.partition.tensor import Tensor
+from spmd.partition.tensor import FREE, Tensor
 
 # Axes of a value; one sharded over more has too many subsets of them to try.
 AXES = 4
-# What sharing has to come to, of what readers cost that do not share. They are estimated: what
+# What sharing has to come to, of what readers move that do not share. They are estimated: what
 # they find at hand when they are planned may be more.
 WORTH = 0.95
 
@@ -29,7 +29,7 @@ Shares = tuple[tuple[Layout, int], ...]
 
 
 def shared(planner: Any, value: Value, expected: Shares) -> Shares:
-    """The layout that readers of a value share, with how many they are; () where none pays.
+    """The layout that readers of a value share, as free for each of them.
 
     Args:
       planner: `planner._Planner`.
@@ -40,17 +40,23 @@ def shared(planner: Any, value: Value, expected: Shares) -> Shares:
     wanted = planner.wanted(value)
     if len(readers) < 2 or wanted.partial or not 0 < len(wanted.used) <= AXES:
         return expected
-    apart = sum(_reading(planner, op, i, wanted)[0] for op, i in readers)
-    best, found = WORTH * apart, None
+    apart = [_reading(planner, op, i, wanted)[0] for op, i in readers]
+    tried: list[tuple[float, Layout, list[tuple[float, Layout]]]] = []
     for layout in _layouts(wanted, expected):
         moved = plan(wanted, layout, value.shape, value.itemsize, planner.mesh).cost
-        if moved >= best:
-            continue
-        ways = [_reading(planner, op, i, layout) for op, i in readers]
-        total = moved + sum(cost for cost, _ in ways)
+        if moved < sum(apart):
+            tried.append((moved, layout, [_reading(planner, op, i, layout) for op, i in readers]))
+    # What every way costs, such as local work, is no reason for one of them.
+    each = zip(apart, *([cost for cost, _ in ways] for _, _, ways in tried), strict=True)
+    least = sum(map(min, each))
+    best, found = WORTH * (sum(apart) - least), None
+    for moved, layout, ways in tried:
+        total = moved + sum(cost for cost, _ in ways) - least
         if total < best:
             best, found = total, (layout, sum(need == layout for _, need in ways))
-    return expected if found is None or found[1] < 2 else (found,)
+    if found is None or found[1] < 2:
+        return expected
+    return ((found[0], FREE),)  # decided for all: none is to find its part of it too dear
 
 
 def _chooses(op: Op) -> bool:

@@ -30,7 +30,7 @@ from spmd.partition.plan import (
 from spmd.partition.regions import plan_regions
 from spmd.partition.reshard import plan
 from spmd.partition.sums import settle
-from spmd.partition.tensor import Tensor
+from spmd.partition.tensor import FREE, Tensor
 
 
 def make_plan(
@@ -69,10 +69,6 @@ def _sub_axes(body: RegionPlan) -> set[str]:
     layouts = {key.layout for instruction, _ in body.walk() if isinstance(instruction, Compute)
                for key in (*instruction.operands, *instruction.results)}  # fmt: skip
     return {a for layout in layouts for a in layout.used if ":" in a and a not in known}
-
-
-# Readers of a reduction that comes later: what is reduced then pays for it.
-_FREE = 1 << 30
 
 
 class _Planner:
@@ -140,9 +136,10 @@ class _Planner:
     def result(self, value: Value) -> Tensor:
         """What is wanted of a result."""
         wanted, carried = self.wanted(value), self.carried.get(value.id)
+        # What is reduced later pays for it.
         later = value.id in self.made or bool(carried)
         return Tensor(
-            value.shape, value.itemsize, (wanted,), ((wanted, _FREE),) if later else (),
+            value.shape, value.itemsize, (wanted,), ((wanted, FREE),) if later else (),
             used=self.uses[value.id] > 0, carried=carried,
         )  # fmt: skip
 

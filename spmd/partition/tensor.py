@@ -7,6 +7,10 @@ from sharding.rule import Rule
 from sharding.spec import Layout
 
 
+# Readers of a reshard that is paid for by others, or by all together.
+FREE = 1 << 30
+
+
 class Tensor(NamedTuple):
     """An operand or result of the equation to be decided.
 

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AbstractMesh
 
+import spmd
 from sharding import P
 from tests.oracle import check, kinds, make_mesh
 
@@ -42,6 +44,21 @@ def test_one_reader_gathers_what_is_smaller() -> None:
     )  # fmt: skip
     gathered = kinds(planned)["all_gather", ("tensor",)]
     assert gathered == (1, 16 * 16 * 4 * 3 / 4), planned
+
+
+def test_narrow_readers_before_a_wide_one() -> None:
+    """Queries of many heads need the input whole in any case: keys and values of few, which come
+    before them, read it so too, however much there is to multiply."""
+    x, *g = (jax.ShapeDtypeStruct((4096, n), jnp.float32) for n in (2048, 512, 512, 2048))
+    planned = spmd.jit(
+        gradients, mesh=AbstractMesh((4, 4), ("data", "tensor")),
+        in_shardings=(PLACES[0], WEIGHTS[:3]), out_shardings=WEIGHTS[:3],
+    ).trace(x, g).propagate().partition()  # fmt: skip
+    # X, 1024 x 2048 when it is whole; products of 2048 x 3072, a quarter of them on a device
+    assert kinds(planned) == {
+        ("all_gather", ("tensor",)): (1, 1024 * 2048 * 4 * 3 / 4),
+        ("reduce_scatter", ("data",)): (3, 2048 * 3072 // 4 * 4 * 3 / 4),
+    }
 
 
 def test_gradients_of_projections() -> None:
