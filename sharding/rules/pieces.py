@@ -166,8 +166,13 @@ def _spread(
     value: Any,
 ) -> Any:  # fmt: skip
     """`size` elements with those of `x` `step` apart, the first at `lead[shard]` < step."""
-    widths = [(step - 1, size, step - 1) if i == d else (0, 0, 0) for i in range(x.ndim)]
+    same = len({*lead}) == 1
+    low = lead[0] if same else step - 1
+    high = size - (low if same else 0) - (x.shape[d] - 1) * step - 1
+    widths = [(low, high, step - 1) if i == d else (0, 0, 0) for i in range(x.ndim)]
     x = lax.pad(x, value, widths)
+    if same:
+        return x
     start = step - 1 - jnp.asarray(lead, jnp.int32)[ctx.index(axes)]
     return lax.dynamic_slice_in_dim(x, start, size, d)
 

@@ -19,6 +19,9 @@ from sharding.mesh import MeshShape, axes_size, axis_size
 from spmd import cost
 
 _LARGER = 3  # what is joined may be that many times as large as what is wanted of it
+# Of its own block, what a device takes whole: what is joined is cut once, and not its parts before,
+# which would lie on other boundaries of registers than all that they are joined with.
+_MOST = 0.9
 
 
 class Hop(NamedTuple):
@@ -65,6 +68,8 @@ def hops(
                 break
             by_distance.setdefault(j - i, {})[j, i] = (first, last, turn)
     own = by_distance.pop(0, None)
+    if own and _length(own) > _MOST * block:
+        own = {(i, i): (i * block, (i + 1) * block, turn) for (i, _), (_, _, turn) in own.items()}
     moving = _merged([parts for _, parts in sorted(by_distance.items())])
     groups = ([own] if own else []) + moving
     return tuple(_hop(parts, block, starts, shards) for parts in groups)

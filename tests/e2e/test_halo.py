@@ -117,3 +117,13 @@ def test_a_shift_is_one_exchange_per_neighbour() -> None:
             for hop in moving:
                 assert 0 < hop.length <= abs(shift)
                 assert all(abs(source - receiver) == 1 for source, receiver in hop.pairs)
+
+
+@pytest.mark.parametrize("shift", [1, -3])
+def test_what_is_joined_is_cut_once(shift: int) -> None:
+    """Of its own block a device takes all but a few elements: all, which nothing moves first."""
+    starts = [32 * i - shift for i in range(4)]
+    jaxpr = str(jax.make_jaxpr(program(("y",), 0, 128, starts, 32, 0))(jnp.zeros((128, 2))))
+    assert f"f32[{32 + abs(shift)},2] = concatenate" in jaxpr
+    assert f"f32[{32 - abs(shift)},2]" not in jaxpr
+    check(("y",), 0, 128, starts, 32)

@@ -63,6 +63,18 @@ def test_pad(config: tuple[int, int, int], n: int) -> None:
     )  # fmt: skip
 
 
+def test_elements_that_shards_spread_alike_are_padded_in_place() -> None:
+    """As when `associative_scan` interleaves: nothing larger than the result is made, and cut."""
+    for config in ((0, 1, 1), (1, 0, 1)):
+        planned = check(
+            lambda x, config=config: lax.pad(x, 0.0, [config]), (arr(64),), make_mesh(y=4),
+            (P("y"),), P("y"),
+        )  # fmt: skip
+        text = str(planned.jaxpr)
+        assert "dynamic_slice" not in text and "f32[32] = pad" in text, text
+        assert not planned.collectives
+
+
 @pytest.mark.parametrize("sizes", [(4, 4), (3, 6), (8, 1), (1, 1, 1, 1), (0, 5, 2), (1, 9, 3, 20)])
 def test_concatenate(sizes: tuple[int, ...]) -> None:
     for axis in (0, 1):
