@@ -6,7 +6,6 @@ from typing import NamedTuple
 from sharding.rule import Rule
 from sharding.spec import Layout
 
-
 # Readers of a reshard that is paid for by others, or by all together.
 FREE = 1 << 30
 
