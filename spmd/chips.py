@@ -51,6 +51,8 @@ class Chip:
       overlaps: kinds of collectives that XLA runs beside computation, with `options`, in a
         program with explicit collectives; all others hold the device up.
       options: (name, value) of XLA's options that such programs are compiled with.
+      scatters: whether XLA keeps a reduce-scatter among all devices without `options`, and makes no
+        all-reduce of it.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Chip:
     node: int = 0
     overlaps: frozenset[str] = frozenset()
     options: tuple[tuple[str, str], ...] = ()
+    scatters: bool = False
 
     @property
     def offloaded(self) -> frozenset[str]:
@@ -105,6 +108,7 @@ _OVERLAPS = dict.fromkeys(("v2", "v3", "v4"), _TPU) | {"v5e": _TPU | {"all_gathe
 # (book) the rest is left to kernels. On chips before these XLA puts no values there.
 _VMEM = {"v5e": 112, "v5p": 48, "v6e": 96}
 _OFFLOADED = ("all_gather", "all_reduce", "reduce_scatter")
+_SCATTERS = ("v2", "v3")
 # Collectives among the devices of one axis of the torus, and of two or three.
 _OFFLOAD = tuple(
     (f"xla_tpu_enable_sparse_core_{what}", "true") for what in (
@@ -132,7 +136,7 @@ def _tpu(
     return Chip(name, "tpu", kind, rank, cores, rates, hbm * GiB, usable * GiB, hbm_bandwidth,
                 link, dcn, vmem_bytes=_VMEM.get(name, 0) * 2**20, clock=clock, wrap=wrap, pod=pod,
                 overlaps=_OVERLAPS.get(name, _TPU | frozenset(_OFFLOADED)),
-                options=() if name in _OVERLAPS else _OFFLOAD)  # fmt: skip
+                options=() if name in _OVERLAPS else _OFFLOAD, scatters=name in _SCATTERS)  # fmt: skip
 
 
 def _gpu(name: str, bf16: float, tf32: float, hbm: float, bandwidth: float, links: float,

@@ -43,15 +43,17 @@ _SUITED = {
     "tpu": (("split_scatters", split_scatters), ("own_stacks", own_stacks)),
     "cpu": (("keep_products", keep_products),),
 }  # fmt: skip
-# What SparseCores do as it is needs no change.
-_UNLESS_OFFLOADED = frozenset(("split_scatters",))
+# What the compiler or SparseCores do as it is needs no change.
+_UNLESS_KEPT = frozenset(("split_scatters",))
 
 
 def suited(plan: ProgramPlan, options: Options) -> ProgramPlan:
     """The plan as the compiler for the mesh's chip takes it best."""
     chip = chip_of(options.mesh)
-    for name, change in _SUITED.get(chip.family, ()) if chip is not None else ():
-        needless = name in _UNLESS_OFFLOADED and _of_chip(options)
+    if chip is None:
+        return plan
+    for name, change in _SUITED.get(chip.family, ()):
+        needless = name in _UNLESS_KEPT and (chip.scatters or _of_chip(options))
         plan = change(plan) if options.on(name) and not needless else plan
     return plan
 

@@ -89,16 +89,17 @@ def test_other_values_are_not_kept(fun: Any) -> None:
     assert barriers(fun, X, W, mesh=make_mesh(x=2)) == 0
 
 
-@pytest.mark.parametrize("options, off, split", [
-    ((), (), True),
-    (((UNKNOWN, "true"),), (), False),  # SparseCores scatter among all devices as they are told
-    (((UNKNOWN, "true"),), ("async_collectives",), True),
-    ((), ("split_scatters",), False),
+@pytest.mark.parametrize("options, kept, off, split", [
+    ((), False, (), True),
+    ((), True, (), False),  # as the compilers for v2 and v3 do
+    (((UNKNOWN, "true"),), False, (), False),  # SparseCores do as they are told
+    (((UNKNOWN, "true"),), False, ("async_collectives",), True),
+    ((), False, ("split_scatters",), False),
 ])  # fmt: skip
 def test_scatters_are_split_for_compilers_that_do_not_keep_them(
-    options: Any, off: tuple[str, ...], split: bool, monkeypatch: pytest.MonkeyPatch
+    options: Any, kept: bool, off: tuple[str, ...], split: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chip = dataclasses.replace(CHIPS["cpu"], family="tpu", options=options)
+    chip = dataclasses.replace(CHIPS["cpu"], family="tpu", options=options, scatters=kept)
     monkeypatch.setitem(CHIPS, "cpu", chip)
     specs = {"in_shardings": (P(None, "x"), P("x")), "out_shardings": P("x")}
     traced = spmd.jit(jnp.matmul, mesh=make_mesh(x=8), disable_passes=off, **specs).trace(
