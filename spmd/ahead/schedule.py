@@ -38,6 +38,8 @@ _FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all add-dependency opt-barrier "
     "optimization-barrier partition-id replica-id copy-start copy-done iota".split()
 )
+# Memory that nothing is written to; parts side by side, seen as one.
+_FREE_TARGETS = frozenset(("AllocateBuffer", "ConcatBitcast"))
 _OUR_KINDS = {
     "all-reduce": "all_reduce", "all-gather": "all_gather", "reduce-scatter": "reduce_scatter",
     "all-to-all": "all_to_all", "ragged-all-to-all": "all_to_all", PERMUTE: "permute",
@@ -159,7 +161,7 @@ class _Clock:
         elif opcode in ("async-start", "call-start"):  # the latter: on a SparseCore
             for inner in self._inner(each):
                 self._start(each.name, inner.name, times)
-        elif opcode not in _FREE and not opcode.endswith(("-start", "-update")):
+        elif not _is_free(each):
             self._compute(computation, each, times)
 
     def _compute(self, computation: Computation, each: Instruction, times: int) -> None:
@@ -293,3 +295,11 @@ class _Clock:
             _OUR_KINDS[found.kind], axes, 0, found.payload_bytes, 0.0, 0.0, asynchronous,
             found.name, op_name(attributes), self.sources.of(attributes),
         )  # fmt: skip
+
+
+def _is_free(each: Instruction) -> bool:
+    """Whether an instruction takes no time of its own."""
+    target = _TARGET.search(each.attributes) if each.opcode == "custom-call" else None
+    if target:
+        return target[1] in _FREE_TARGETS
+    return each.opcode in _FREE or each.opcode.endswith(("-start", "-update"))

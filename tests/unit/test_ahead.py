@@ -120,6 +120,15 @@ def test_instructions_without_an_estimate_take_their_bytes():
     assert found.unestimated == found.compute == pytest.approx((200e6 + 50e6) / 2.8e12)
 
 
+@pytest.mark.parametrize("target, free", [
+    ("AllocateBuffer", True), ("ConcatBitcast", True), ("Sharding", False),
+])  # fmt: skip
+def test_calls_that_only_name_memory_take_no_time(target, free):
+    """As XLA makes them of what a loop stacks, and of what it brings nearer in parts."""
+    found = schedule(f'%c = {BIG} custom-call(%shard), custom_call_target="{target}"')
+    assert (found.compute == 0) is free
+
+
 FUSED = f"""
 %begin (p: f32[12500000]) -> (f32[12500000], {BIG}) {{
   %p = f32[12500000] parameter(0)
