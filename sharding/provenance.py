@@ -13,7 +13,7 @@ class Event(NamedTuple):
       link: index of the link (equation or data-flow edge) it came along; -1 for an annotation.
       source: id of the value it came from; -1 for an annotation.
       factor: the rule's factor that carried it; the annotated value's name for an annotation.
-      level: propagation level (`sharding.propagation.LEVELS`).
+      level: propagation level (`sharding.decide.LEVELS`).
     """
 
     value: int

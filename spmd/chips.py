@@ -136,7 +136,8 @@ def _tpu(
     return Chip(name, "tpu", kind, rank, cores, rates, hbm * GiB, usable * GiB, hbm_bandwidth,
                 link, dcn, vmem_bytes=_VMEM.get(name, 0) * 2**20, clock=clock, wrap=wrap, pod=pod,
                 overlaps=_OVERLAPS.get(name, _TPU | frozenset(_OFFLOADED)),
-                options=() if name in _OVERLAPS else _OFFLOAD, scatters=name in _SCATTERS)  # fmt: skip
+                options=() if name in _OVERLAPS else _OFFLOAD,
+                scatters=name in _SCATTERS)  # fmt: skip
 
 
 def _gpu(name: str, bf16: float, tf32: float, hbm: float, bandwidth: float, links: float,

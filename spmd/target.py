@@ -15,6 +15,7 @@ from spmd.partition.plan import ProgramPlan
 from spmd.partition.products import keep_products
 from spmd.partition.scatters import split_scatters
 from spmd.partition.stacks import own_stacks
+from spmd.partition.transposed import reduce_transposed
 
 
 def chip_of(mesh: Any) -> Chip | None:
@@ -40,7 +41,12 @@ def compiler_of(mesh: Any) -> Compiler:
 
 # Changes to plans for the compilers of one family of chips, by the name of the pass.
 _SUITED = {
-    "tpu": (("split_scatters", split_scatters), ("own_stacks", own_stacks)),
+    "tpu": (
+        ("transposed_sums", reduce_transposed),
+        ("split_scatters", split_scatters),
+        ("own_stacks", own_stacks),
+    ),
+    "gpu": (("transposed_sums", reduce_transposed),),
     "cpu": (("keep_products", keep_products),),
 }  # fmt: skip
 # What the compiler or SparseCores do as it is needs no change.

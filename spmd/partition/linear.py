@@ -36,3 +36,16 @@ def only_reader(program: Program, value: Value) -> tuple[Op, int] | None:
     if program.uses[value.id] != 1 or len(readers) != 1:
         return None
     return readers[0] if readers[0][0].control is None else None
+
+
+def multiplies(op: Op) -> bool:
+    """Whether an operation is a product that costs more than its elements."""
+    return op.control is None and len(op.outputs) == 1 and op.rule.flops > 1
+
+
+def transposes(op: Op) -> bool:
+    """Whether an operation gives its operand's dims in another order, and nothing else."""
+    if op.control is not None or len(op.inputs) != 1 or len(op.outputs) != 1:
+        return False
+    (before,), (after,) = op.rule.operands, op.rule.results
+    return before != after and sorted(before) == sorted(after)
