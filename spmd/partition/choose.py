@@ -8,7 +8,7 @@ is taken; results decide ties.
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 from typing import NamedTuple
 
@@ -141,7 +141,7 @@ def _all_candidates(
         assignment = _assemble(rule, axes, combo, options.order)
         carries = can_carry(rule, assignment.carried, operands, mixed)
         if carries and legal(rule, assignment.axes, mesh):
-            yield assignment
+            yield from (assignment, *options.swapped(assignment))
     yield Assignment(())
 
 
@@ -153,6 +153,7 @@ class _Options:
       order: factor -> axes that may go to it, major to minor.
       wanted: (axis, factor) pairs of the wanted results.
       displaced: axes on dims that must be whole.
+      beside: pairs of axes that share a factor somewhere, in the order of `order`.
     """
 
     def __init__(self, rule: Rule):
@@ -161,6 +162,7 @@ class _Options:
         self.order: dict[str, list[str]] = {}
         self.wanted: set[tuple[str, str]] = set()
         self.displaced: dict[str, None] = {}
+        self.beside: set[frozenset[str]] = set()
 
     def offer(self, axis: str, name: str) -> None:
         self.factors.setdefault(axis, {})[name] = None
@@ -170,6 +172,7 @@ class _Options:
     def note(self, found: Mapping[str, tuple[str, ...]], is_result: bool) -> None:
         """What the layout of one tensor means for the factors."""
         for name, axes in found.items():
+            self.beside |= set(map(frozenset, pairwise(axes)))
             for axis in axes:
                 if self.rule.factors[name].kind is Kind.FIXED:
                     self.displaced[axis] = None
@@ -177,6 +180,15 @@ class _Options:
                 self.offer(axis, name)
                 if is_result:
                     self.wanted.add((axis, name))
+
+    def swapped(self, assignment: Assignment) -> Iterator[Assignment]:
+        """With two axes of a factor the other way round, where they come to it from two sides: to
+        one of them it may be the shorter way."""
+        for i, (name, axes) in enumerate(assignment.factors):
+            if len(axes) == 2 and frozenset(axes) not in self.beside:
+                other = (name, axes[::-1])
+                factors = (*assignment.factors[:i], other, *assignment.factors[i + 1 :])
+                yield assignment._replace(factors=factors)
 
     def choices(self) -> list[list[str]]:
         """Per axis the factors to try, not too many in all."""
