@@ -84,9 +84,9 @@ def jit(
         it), "loop_invariants" (what its steps gather is gathered once), "split_scatters",
         "own_stacks" and "async_collectives" (what TPU compilers need in order to keep
         reduce-scatters, to fill no memory with zeros that are overwritten, and to run collectives
-        beside computation), "transposed_sums" (what compilers for TPUs and GPUs need in order to
-        copy no weights into the order of their gradients), "keep_products" (what the CPU compiler
-        needs in order to multiply matrices at full speed), "saved_gathers" (see `memory_limit`).
+        beside computation), "transposed_sums" (so that they copy no weights into the order of their
+        gradients), "keep_products" (what the CPU compiler needs in order to multiply matrices at
+        full speed), "saved_gathers" (see `memory_limit`).
       memory_limit: bytes that a device has for the program. While the predicted peak stays below,
         weights that loops over layers gather forward and again on the way back are gathered once;
         where it is above, "loop_invariants" and "loop_sums" are given up if that helps. A program

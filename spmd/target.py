@@ -46,7 +46,6 @@ _SUITED = {
         ("split_scatters", split_scatters),
         ("own_stacks", own_stacks),
     ),
-    "gpu": (("transposed_sums", reduce_transposed),),
     "cpu": (("keep_products", keep_products),),
 }  # fmt: skip
 # What the compiler or SparseCores do as it is needs no change.

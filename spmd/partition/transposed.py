@@ -10,10 +10,10 @@ becomes
     %5 [tensor, -] partial{data:add} = transpose(%4)
     %5 [tensor, data] = reduce_scatter(data)
 
-Gradients of weights are such products. Compilers for TPUs and GPUs make one of a product and its
-transposition, but not where a reduction parts them: then the weights, and an optimiser's state with
-them, are copied into the order of the gradient, and back. XLA for CPUs transposes what it is told
-to, and would transpose what other devices will have.
+Gradients of weights are such products. XLA for TPUs makes one of a product and its transposition,
+but not where a reduction parts them: then the weights, and an optimiser's state with them, are
+copied into the order of the gradient, and back. XLA for CPUs transposes what it is told to, and
+would transpose what other devices will have; for GPUs this was not measured.
 """
 
 from collections import Counter
