@@ -13,6 +13,7 @@ from sharding.rules import kernels as kernels
 from sharding.rules import linalg as linalg
 from sharding.rules import manual as manual
 from sharding.rules import pieces as pieces
+from sharding.rules import places as places
 from sharding.rules import pointwise as pointwise
 from sharding.rules import random as random
 from sharding.rules import reduce as reduce
