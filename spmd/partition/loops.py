@@ -252,8 +252,17 @@ def _invariants(
             continue
         moved = plan(region.inputs[port.inner], layout, value.shape, value.itemsize, planner.mesh)
         more = Key(value, layout).local_bytes(planner.mesh)
+        if _needed_elsewhere(planner, op, port, layout):
+            more = 0  # it is there after the loop, or was before
         if (trips - 1) * moved.bytes > WORTH * more:
             yield port.outer, layout
+
+
+def _needed_elsewhere(planner: Any, op: Op, port: Port, layout: Layout) -> bool:
+    """Whether something outside of a loop is expected to need what it is given, in that layout."""
+    given, value = planner.outside(layout, port), op.inputs[port.outer]
+    readers = planner.propagated.program.readers[value.id]
+    return any(other is not op and planner.need(other, i) == given for other, i in readers)
 
 
 def _moved(region: RegionPlan, value: Value, layout: Layout, trips: int) -> Layout | None:

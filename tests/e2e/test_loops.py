@@ -291,3 +291,17 @@ def test_a_later_loop_stacks_what_is_alike_in_a_shape_of_its_own(
 
     assert stacks() == 1
     assert stacks(disable_passes=["own_stacks"]) == 0
+
+
+@pytest.mark.parametrize("after", [True, False])
+def test_what_is_gathered_after_a_loop_is_gathered_before_it(after: bool) -> None:
+    """A policy that is played for a few steps and then trained: its weights, gathered for that in
+    any case, take no more memory when they are there earlier. Otherwise four steps are too few."""
+
+    def fun(w: Any, x: Any) -> Any:
+        y, _ = lax.scan(lambda y, _: (jnp.tanh(y @ w), None), x, None, length=4)
+        return jnp.sin(y @ w) if after else y
+
+    args, specs = (arr(16, 16), arr(32, 16)), (P(None, "y"), P("y"))
+    planned = check(fun, args, make_mesh(y=8), specs, P("y"))
+    assert sent(planned) == {"all_gather": 1 if after else 4}
