@@ -13,7 +13,7 @@ from math import prod
 from typing import NamedTuple
 
 from sharding.mesh import MeshShape, axes_size, axis_size
-from sharding.project import to_factors
+from sharding.project import to_dims, to_factors
 from sharding.rule import Kind, Rule
 from sharding.spec import Layout
 from spmd import cost
@@ -262,13 +262,30 @@ def _cost(
             reshard = plan(layout, wanted, tensor.shape, tensor.itemsize, mesh)
             # A sum shares the reduction of its addends, not what else brings them into place.
             shared = layout.partial and all(s.kind in _REDUCTIONS for s in reshard.steps)
-            total += reshard.cost * (tensor.share(wanted) if shared else 1.0)
+            brought = reshard.cost * (tensor.share(wanted) if shared else 1.0)
+            total += min(brought, _passed_on(layout, tensor, brought, mesh))
         if total >= limit:
             return total
     for need, tensor in zip(needed, operands, strict=True):
         total += tensor.share(need) * cheapest(tensor, need, mesh)
         if total >= limit:
             return total
+    return total
+
+
+def _passed_on(layout: Layout, tensor: Tensor, brought: float, mesh: MeshShape) -> float:
+    """What it costs to bring what the readers of a result make of it to where that is wanted, and
+    not the result; `brought` for each that cannot read it where it is."""
+    if layout.partial or not tensor.passed:
+        return brought
+    total = 0.0
+    for rule, operand, shape, itemsize, wanted in tensor.passed:
+        factors = to_factors(rule, operand, layout.dims, mesh)
+        passes = all(rule.factors[name].kind is Kind.PASS for name in factors)
+        if not passes or to_dims(rule, operand, factors, mesh) != layout.dims:
+            return brought
+        made = Layout(to_dims(rule, len(rule.operands), factors, mesh))
+        total += plan(made, wanted, shape, itemsize, mesh).cost
     return total
 
 

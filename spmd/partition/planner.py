@@ -30,7 +30,7 @@ from spmd.partition.plan import (
 from spmd.partition.regions import plan_regions
 from spmd.partition.reshard import plan
 from spmd.partition.sums import settle
-from spmd.partition.tensor import FREE, Tensor
+from spmd.partition.tensor import FREE, Reader, Tensor, needs_whole
 
 
 def make_plan(
@@ -140,8 +140,22 @@ class _Planner:
         later = value.id in self.made or bool(carried)
         return Tensor(
             value.shape, value.itemsize, (wanted,), ((wanted, FREE),) if later else (),
-            used=self.uses[value.id] > 0, carried=carried,
+            used=self.uses[value.id] > 0, carried=carried, passed=self.passed(value, wanted),
         )  # fmt: skip
+
+    def passed(self, value: Value, wanted: Layout) -> tuple[Reader, ...]:
+        """Who reads the result of an operation that needs dims whole, where nothing says where it
+        should be."""
+        op, readers = value.op, self.propagated.program.readers[value.id]
+        if op is None or op.control is not None or wanted.used or not needs_whole(op.rule):
+            return ()
+        plain = all(r.control is None and len(r.outputs) == 1 for r, _ in readers)
+        if not plain or len(readers) != self.uses[value.id]:
+            return ()
+        outputs = [(r.rule.canonical, i, r.outputs[0]) for r, i in readers]
+        return tuple(
+            Reader(rule, i, out.shape, out.itemsize, self.wanted(out)) for rule, i, out in outputs
+        )
 
     def leaving(self, value: Value) -> Layout:
         """The layout of a region's output: partial only where a pass assumes so."""

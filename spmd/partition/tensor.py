@@ -3,11 +3,22 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sharding.rule import Rule
+from sharding.rule import Kind, Rule
 from sharding.spec import Layout
 
 # Readers of a reshard that is paid for by others, or by all together.
 FREE = 1 << 30
+
+
+class Reader(NamedTuple):
+    """An operation that reads a result: its (canonical) rule, which operand that is, and what is
+    wanted of its own result."""
+
+    rule: Rule
+    operand: int
+    shape: tuple[int, ...]
+    itemsize: int
+    wanted: Layout
 
 
 class Tensor(NamedTuple):
@@ -23,6 +34,8 @@ class Tensor(NamedTuple):
       anywhere: operand: it is made from nothing, in any layout.
       carried: result: the axes over which its operation carries partial operands, where that is
         decided (`sums`): then a whole addend of a partial one becomes partial too.
+      passed: result: all its readers, where nothing says where it should be: they may read it
+        elsewhere, and make less of it.
     """
 
     shape: tuple[int, ...]
@@ -32,10 +45,16 @@ class Tensor(NamedTuple):
     used: bool = True
     anywhere: bool = False
     carried: tuple[str, ...] | None = None
+    passed: tuple[Reader, ...] = ()
 
     def share(self, need: Layout) -> float:
         """The part of a reshard's cost that one reader bears."""
         return 1.0 / next((n for layout, n in self.readers if layout == need), 1)
+
+
+def needs_whole(rule: Rule) -> bool:
+    """Whether an operation has dims that must not be sharded."""
+    return any(factor.kind is Kind.FIXED for factor in rule.factors.values())
 
 
 def carriable(rule: Rule, operands: Sequence[Tensor], mixed: bool) -> list[str]:
