@@ -168,7 +168,8 @@ def _spread(
     """`size` elements with those of `x` `step` apart, the first at `lead[shard]` < step."""
     same = len({*lead}) == 1
     low = lead[0] if same else step - 1
-    high = size - (low if same else 0) - (x.shape[d] - 1) * step - 1
+    places = max((x.shape[d] - 1) * step + 1, 0)
+    high = size - (low if same else 0) - places
     widths = [(low, high, step - 1) if i == d else (0, 0, 0) for i in range(x.ndim)]
     x = lax.pad(x, value, widths)
     if same:

@@ -48,7 +48,7 @@ def test_rev(n: int) -> None:
 
 
 PADS = [(1, 2, 0), (3, -1, 0), (-2, 5, 0), (-1, -2, 0), (0, 0, 1), (2, 1, 2), (-1, 3, 1),
-        (-3, -3, 4), (9, 0, 0), (-7, 1, 0)]  # fmt: skip
+        (-3, -3, 4), (9, 0, 0), (-7, 1, 0), (-7, -8, 1)]  # fmt: skip
 
 
 @pytest.mark.parametrize("config", PADS, ids=str)
