@@ -1,0 +1,264 @@
+"""Programs that are no networks, and steps around them: arguments are sharded, nothing inside is.
+
+    python -m benchmarks.suite --target cpu --programs benchmarks.suite.everyday
+
+Grids, particles, statistics, graphs, microbatches, reinforcement learning: one axis, `data`, over
+the dim that a user would shard first. What they send shows what propagation and rules make of code
+that nobody wrote for several devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from benchmarks.suite.case import Case, Program, Size, array, drawn, everywhere
+
+ROWS, COLUMNS = P("data"), P(None, "data")
+WIDTH = 64
+
+
+def _ints(*dims: int) -> jax.ShapeDtypeStruct:
+    return array(*dims, dtype=jnp.int32)
+
+
+def _program(
+    name: str, text: str, fun: Callable, args: Sequence[Any], ins: Sequence[Any], outs: Any,
+    below: int = 0,
+) -> Program:  # fmt: skip
+    """A program with the same arguments at every size; integers are drawn `below` a bound."""
+
+    def values(rng: np.random.Generator) -> tuple[Any, ...]:
+        def one(leaf: Any, value: Any) -> Any:
+            if not below or not jnp.issubdtype(leaf.dtype, jnp.integer):
+                return value
+            return rng.integers(0, below, leaf.shape, leaf.dtype)
+
+        return jax.tree.map(one, tuple(args), drawn(rng, tuple(args)))
+
+    def make(size: Size) -> Case:
+        return Case(fun, tuple(args), {"data": size.devices}, tuple(ins), outs, values=values)
+
+    return Program(name, text, make)
+
+
+# --- grids ---------------------------------------------------------------------------------------
+
+
+def wave(u: Any, v: Any) -> Any:
+    """A wave equation: the inside of a grid changes, its rim stays."""
+
+    def step(carry: Any, _: Any) -> Any:
+        u, v = carry
+        around = u[:-2, 1:-1] + u[2:, 1:-1] + u[1:-1, :-2] + u[1:-1, 2:]
+        v = v.at[1:-1, 1:-1].add(0.1 * (around - 4 * u[1:-1, 1:-1]))
+        return (u + 0.1 * v, v), None
+
+    return lax.scan(step, (u, v), None, length=10)[0]
+
+
+def fdtd(e: Any, h: Any) -> Any:
+    """Maxwell's equations in one dim, on two grids that are half a step apart."""
+
+    def step(carry: Any, _: Any) -> Any:
+        e, h = carry
+        e = e.at[1:].add(0.5 * (h[1:] - h[:-1]))
+        h = h.at[:-1].add(0.5 * (e[1:] - e[:-1]))
+        return (e, h), None
+
+    return lax.scan(step, (e, h), None, length=8)[0]
+
+
+def burgers(u: Any) -> Any:
+    """Burgers' equation by the Lax-Friedrichs scheme."""
+
+    def step(u: Any, _: Any) -> Any:
+        flux = 0.25 * (u[1:] ** 2 + u[:-1] ** 2) - 0.5 * (u[1:] - u[:-1])
+        return u.at[1:-1].set(u[1:-1] - 0.1 * (flux[1:] - flux[:-1])), None
+
+    return lax.scan(step, u, None, length=8)[0]
+
+
+def jacobi(u: Any, b: Any) -> Any:
+    """Poisson's equation by Jacobi's iteration, with zeros around."""
+
+    def step(_: Any, u: Any) -> Any:
+        v = jnp.pad(u, 1)
+        return 0.25 * (v[:-2, 1:-1] + v[2:, 1:-1] + v[1:-1, :-2] + v[1:-1, 2:] + b)
+
+    return lax.fori_loop(0, 8, step, u)
+
+
+def life(x: Any) -> Any:
+    """Conway's game on a torus."""
+    near = [(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1) if a or b]
+
+    def step(_: Any, x: Any) -> Any:
+        count = sum(jnp.roll(x, shift, (0, 1)) for shift in near)
+        return ((count == 3) | ((x > 0) & (count == 2))).astype(x.dtype)
+
+    return lax.fori_loop(0, 8, step, x)
+
+
+# --- statistics and graphs -----------------------------------------------------------------------
+
+
+def kmeans(x: Any, centres: Any) -> Any:
+    def step(centres: Any, _: Any) -> Any:
+        apart = ((x[:, None] - centres[None]) ** 2).sum(-1)
+        mine = jax.nn.one_hot(jnp.argmin(apart, 1), centres.shape[0])
+        return (mine.T @ x) / (mine.sum(0)[:, None] + 1e-6), None
+
+    return lax.scan(step, centres, None, length=5)[0]
+
+
+def pagerank(source: Any, target: Any, degree: Any) -> Any:
+    count = degree.shape[0]
+
+    def step(rank: Any, _: Any) -> Any:
+        sent = (rank / (1 + jnp.abs(degree)))[source]
+        return 0.15 / count + 0.85 * jax.ops.segment_sum(sent, target, count), None
+
+    return lax.scan(step, jnp.ones(count) / count, None, length=8)[0]
+
+
+def percentiles(x: Any) -> Any:
+    return jnp.percentile(x, jnp.array([5.0, 50.0, 95.0]), axis=0)
+
+
+def autocorrelation(x: Any) -> Any:
+    return jnp.fft.irfft(jnp.abs(jnp.fft.rfft(x)) ** 2)
+
+
+def particles(x: Any, seen: Any) -> Any:
+    """A particle filter: particles move, are weighed, and drawn again."""
+
+    def step(x: Any, given: Any) -> Any:
+        y, key = given
+        x = x + 0.1 * jax.random.normal(key, x.shape)
+        chosen = jax.random.categorical(key, -((x - y) ** 2).sum(-1), shape=(x.shape[0],))
+        return x[chosen], x.mean(0)
+
+    return lax.scan(step, x, (seen, jax.random.split(jax.random.key(0), seen.shape[0])))[1]
+
+
+# --- around networks -----------------------------------------------------------------------------
+
+
+def _network(*widths: int) -> list[Any]:
+    return [(array(a, b), array(b)) for a, b in zip(widths, widths[1:], strict=False)]
+
+
+def _fsdp(tree: Any) -> Any:
+    """The larger dim of each weight over `data`; biases too."""
+    return jax.tree.map(lambda s: COLUMNS if s.shape[-1] >= s.shape[0] < s.size else ROWS, tree)
+
+
+def _apply(layers: Any, x: Any) -> Any:
+    for weights, bias in layers[:-1]:
+        x = jax.nn.relu(x @ weights + bias)
+    return x @ layers[-1][0] + layers[-1][1]
+
+
+def _descend(loss: Callable[[Any], Any], layers: Any) -> Any:
+    return jax.tree.map(lambda p, g: p - 1e-3 * g, layers, jax.grad(loss)(layers))
+
+
+def contrast(towers: Any, left: Any, right: Any) -> Any:
+    """Pairs of a batch against each other, as CLIP is trained."""
+
+    def loss(towers: Any) -> Any:
+        pairs = (_apply(tower, x) for tower, x in zip(towers, (left, right), strict=True))
+        u, v = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in pairs)
+        scores = 10 * u @ v.T
+        both = jax.nn.log_softmax(scores) + jax.nn.log_softmax(scores.T)
+        return -jnp.mean(jnp.diagonal(both))
+
+    return _descend(loss, towers)
+
+
+def accumulate(layers: Any, x: Any, y: Any) -> Any:
+    """Gradients of four microbatches, added up in a loop."""
+
+    def micro(total: Any, pair: Any) -> Any:
+        gradient = jax.grad(lambda p: jnp.mean((_apply(p, pair[0]) - pair[1]) ** 2))(layers)
+        return jax.tree.map(jnp.add, total, gradient), None
+
+    split = tuple(v.reshape(4, -1, WIDTH) for v in (x, y))
+    total, _ = lax.scan(micro, jax.tree.map(jnp.zeros_like, layers), split)
+    return jax.tree.map(lambda p, g: p - 1e-3 * g, layers, total)
+
+
+def ode(layers: Any, x: Any, y: Any) -> Any:
+    """A neural ODE: eight steps of Runge and Kutta, and the gradient through them."""
+
+    def loss(layers: Any) -> Any:
+        def step(x: Any, _: Any) -> Any:
+            slope = lambda x: jnp.tanh(_apply(layers, x))  # noqa: E731
+            a = slope(x)
+            b = slope(x + 0.05 * a)
+            c = slope(x + 0.05 * b)
+            return x + 0.1 / 6 * (a + 2 * b + 2 * c + slope(x + 0.1 * c)), None
+
+        return jnp.mean((lax.scan(step, x, None, length=8)[0] - y) ** 2)
+
+    return _descend(loss, layers)
+
+
+def policy(layers: Any, start: Any) -> Any:
+    """A policy that is played for 16 steps in many environments, and trained on what came of it."""
+
+    def step(state: Any, key: Any) -> Any:
+        action = jnp.tanh(_apply(layers, state)) + 0.1 * jax.random.normal(key, state.shape)
+        return 0.9 * state + 0.1 * action, (state, action, -(state**2).sum(-1))
+
+    keys = jax.random.split(jax.random.key(0), 16)
+    _, (states, actions, rewards) = lax.scan(step, start, keys)
+    returns = lax.associative_scan(jnp.add, rewards, reverse=True)
+    worth = (returns - returns.mean()) / (returns.std() + 1e-6)
+
+    def loss(layers: Any) -> Any:
+        return jnp.mean(worth[..., None] * (jnp.tanh(_apply(layers, states)) - actions) ** 2)
+
+    return _descend(loss, layers)
+
+
+GRID, LINE = array(512, 512), array(4096, 16)
+LAYERS = _network(WIDTH, 4 * WIDTH, 4 * WIDTH, WIDTH)
+TOWERS = [_network(WIDTH, 4 * WIDTH, WIDTH)] * 2
+BATCH = array(512, WIDTH)
+
+BOTH = (ROWS, ROWS)
+
+PROGRAMS = (
+    _program("wave", "a wave equation, rows of a grid", wave, (GRID, GRID), BOTH, BOTH),
+    _program("fdtd", "Maxwell's equations in one dim", fdtd, (LINE, LINE), BOTH, BOTH),
+    _program("burgers", "Burgers' equation", burgers, (array(4096),), (ROWS,), ROWS),
+    _program("jacobi", "Poisson's equation, rows of a grid", jacobi, (GRID, GRID), BOTH, ROWS),
+    _program("life", "Conway's game, rows of a torus", life, (GRID,), (ROWS,), ROWS),
+    _program("kmeans", "k-means, points", kmeans, (LINE, array(32, 16)), (ROWS, P()), P()),
+    _program("pagerank", "ranks of pages, edges and nodes", pagerank,
+             (_ints(16384), _ints(16384), array(2048)), (*BOTH, ROWS), ROWS, below=2048),
+    _program("percentiles", "of columns, rows sharded", percentiles, (array(4096, 64),), (ROWS,),
+             P()),
+    _program("autocorrelation", "of many series, by FFT", autocorrelation, (array(64, 4096),),
+             (ROWS,), ROWS),
+    _program("particles", "a particle filter", particles, (array(1024, 4), array(8, 4)),
+             (ROWS, P()), P()),
+    _program("contrast", "contrastive towers, FSDP", contrast, (TOWERS, BATCH, BATCH),
+             (_fsdp(TOWERS), *BOTH), _fsdp(TOWERS)),
+    _program("accumulate", "microbatches, FSDP", accumulate, (LAYERS, BATCH, BATCH),
+             (_fsdp(LAYERS), *BOTH), _fsdp(LAYERS)),
+    _program("ode", "a neural ODE, the batch sharded", ode, (LAYERS, BATCH, BATCH),
+             (everywhere(LAYERS), *BOTH), everywhere(LAYERS)),
+    _program("ode_fsdp", "the same, FSDP", ode, (LAYERS, BATCH, BATCH),
+             (_fsdp(LAYERS), *BOTH), _fsdp(LAYERS)),
+    _program("policy", "reinforcement learning, FSDP", policy, (LAYERS, BATCH),
+             (_fsdp(LAYERS), ROWS), _fsdp(LAYERS)),
+)  # fmt: skip
