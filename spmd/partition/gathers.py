@@ -36,27 +36,28 @@ def shared(planner: Any, value: Value, expected: Shares) -> Shares:
       expected: what the propagated layouts of the readers' results say; kept where no reader has a
         choice between operands.
     """
-    readers = [(op, i) for op, i in planner.propagated.program.readers[value.id] if _chooses(op)]
+    found = planner.propagated.program.readers[value.id]
+    readers = list(dict.fromkeys(op for op, _ in found if _chooses(op)))
     wanted = planner.wanted(value)
     if len(readers) < 2 or wanted.partial or not 0 < len(wanted.used) <= AXES:
         return expected
-    apart = [_reading(planner, op, i, wanted)[0] for op, i in readers]
-    tried: list[tuple[float, Layout, list[tuple[float, Layout]]]] = []
+    apart = [_reading(planner, op, value, wanted)[0] for op in readers]
+    tried: list[tuple[float, Layout, list[tuple[float, bool]]]] = []
     for layout in _layouts(wanted, expected):
         moved = plan(wanted, layout, value.shape, value.itemsize, planner.mesh).cost
         if moved < sum(apart):
-            tried.append((moved, layout, [_reading(planner, op, i, layout) for op, i in readers]))
+            tried.append((moved, layout, [_reading(planner, op, value, layout) for op in readers]))
     # What every way costs, such as local work, is no reason for one of them.
     each = zip(apart, *([cost for cost, _ in ways] for _, _, ways in tried), strict=True)
     least = sum(map(min, each))
-    best, found = WORTH * (sum(apart) - least), None
+    best, chosen = WORTH * (sum(apart) - least), None
     for moved, layout, ways in tried:
         total = moved + sum(cost for cost, _ in ways) - least
         if total < best:
-            best, found = total, (layout, sum(need == layout for _, need in ways))
-    if found is None or found[1] < 2:
+            best, chosen = total, (layout, sum(takes for _, takes in ways))
+    if chosen is None or chosen[1] < 2:
         return expected
-    return ((found[0], FREE),)  # decided for all: none is to find its part of it too dear
+    return ((chosen[0], FREE),)  # decided for all: none is to find its part of it too dear
 
 
 def _chooses(op: Op) -> bool:
@@ -76,18 +77,24 @@ def _layouts(wanted: Layout, expected: Shares) -> Iterator[Layout]:
     yield from (layout for layout, _ in expected if layout != wanted)
 
 
-def _reading(planner: Any, op: Op, operand: int, layout: Layout) -> tuple[float, Layout]:
-    """What a reader costs when the value is at hand in a further layout; the one it takes."""
+def _reading(planner: Any, op: Op, value: Value, layout: Layout) -> tuple[float, bool]:
+    """What a reader costs when the value is at hand in a further layout; whether it takes it."""
     operands = tuple(
-        _tensor(planner, v, (layout,) if i == operand else None) for i, v in enumerate(op.inputs)
+        _tensor(planner, v, (layout,) if v is value else None) for v in op.inputs
     )
     results = tuple(map(planner.result, op.outputs))
     assignment, cost = costs(op.rule, operands, results, planner.mesh)
-    return cost, needs(op.rule, assignment, operands, planner.mesh)[operand]
+    needed = needs(op.rule, assignment, operands, planner.mesh)
+    return cost, any(
+        v is value and need == layout for v, need in zip(op.inputs, needed, strict=True)
+    )
 
 
 def _tensor(planner: Any, value: Value, further: tuple[Layout, ...] | None) -> Tensor:
-    """The value, also at hand in `further` layouts; others (None) may have readers that share."""
+    """The value, also at hand in `further` layouts; others (None) may have readers that share, as
+    was decided for them, or as is expected."""
     layouts = tuple(dict.fromkeys((planner.wanted(value), *(further or ()))))
-    alike = planner.counted(value) if further is None and planner.uses[value.id] > 1 else ()
+    alike: Shares = ()
+    if further is None and planner.uses[value.id] > 1:
+        alike = planner.expected.get(value.id) or planner.counted(value)
     return Tensor(value.shape, value.itemsize, layouts, alike)

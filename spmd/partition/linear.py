@@ -47,5 +47,7 @@ def transposes(op: Op) -> bool:
     """Whether an operation gives its operand's dims in another order, and nothing else."""
     if op.control is not None or len(op.inputs) != 1 or len(op.outputs) != 1:
         return False
-    (before,), (after,) = op.rule.operands, op.rule.results
-    return before != after and sorted(before) == sorted(after)
+    rule = op.rule
+    (before,), (after,) = rule.operands, rule.results
+    plain = rule.simple and all(f.kind is Kind.PASS for f in rule.factors.values())
+    return plain and (0,) in rule.linear and before != after and sorted(before) == sorted(after)

@@ -77,3 +77,36 @@ def test_readers_that_want_one_axis_on_two_dims_share_nothing() -> None:
     """A trace of a square: each operand's rows are the other's columns."""
     x = RNG.standard_normal((8, 8), np.float32)
     check(lambda x: jnp.einsum("ab,ba->", x, x), (x,), make_mesh(x=2), (P(None, "x"),), P())
+
+
+def test_an_operation_that_reads_a_value_twice_is_one_reader() -> None:
+    x = jax.ShapeDtypeStruct((4096, 4096), jnp.float32)
+    planned = [
+        spmd.jit(
+            lambda a: a @ a, mesh=AbstractMesh((4, 2), ("x", "y")), in_shardings=P("y", "x"),
+            out_shardings=P("x", "y"), disable_passes=off,
+        ).trace(x).propagate().partition()
+        for off in ((), ("shared_gathers",))
+    ]  # fmt: skip
+    assert planned[0].wire_bytes <= planned[1].wire_bytes
+
+
+def test_what_was_decided_for_other_operands_counts() -> None:
+    """The gradient of a layer that widens to heads multiplies its input, gathered for all that read
+    it, with cotangents: these need not be gathered in its stead."""
+
+    def loss(w: Any, x: Any) -> Any:
+        for each in w:
+            x = jnp.tanh(jnp.einsum("bsd,def->bsef", x, each)).sum(2)
+        return x.sum()
+
+    w, x = [jax.ShapeDtypeStruct((256, 4, 256), jnp.float32)] * 3, (16, 512, 256)
+    places = [P("a", "b", "c")] * 3
+    sent = [
+        spmd.jit(
+            jax.grad(loss), mesh=AbstractMesh((2, 2, 2, 2), ("a", "b", "c", "d")),
+            in_shardings=(places, P("d", "c", "b")), out_shardings=places, disable_passes=off,
+        ).trace(w, jax.ShapeDtypeStruct(x, jnp.float32)).propagate().partition().wire_bytes
+        for off in ((), ("shared_gathers",))
+    ]  # fmt: skip
+    assert sent[0] <= sent[1]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sharding
 import spmd
 from sharding import P
 from spmd.chips import CHIPS
@@ -120,3 +121,22 @@ def test_for_compilers_that_merge_products_with_transpositions(
     assert order(plan) == (
         ["transpose", "all_reduce"] if changed and not off else ["all_reduce", "transpose"]
     )
+
+
+@sharding.rule("a b -> b a")
+def exponential(x: Any) -> Any:
+    return jnp.exp(x.T)
+
+
+@sharding.rule("a b -> b a", fixed="a")
+def normalised(x: Any) -> Any:
+    return (x / jnp.linalg.norm(x, axis=0, keepdims=True)).T
+
+
+@pytest.mark.parametrize("fun, place", [(exponential, P(None, "x")), (normalised, P("y", "x"))])
+def test_what_is_not_linear_reads_the_sum(fun: Any, place: P) -> None:
+    """Functions under `sharding.rule` that permute dims, and do more than that."""
+    whole, _ = staged(lambda x, w: fun(x @ w), ((16, 32), (32, 24)), make_mesh(x=4, y=2),
+                      (place, P("x")), P())  # fmt: skip
+    assert "all_reduce" in order(whole.plan)
+    assert reduce_transposed(whole.plan) == whole.plan
