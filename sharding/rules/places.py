@@ -165,13 +165,11 @@ def _constant(value: Any) -> Any:
     if value.const is not None:
         return np.asarray(value.const)
     op = value.op
-    if op is None or op.control is not None:
-        return None
+    if op is None or op.primitive not in (p.broadcast_in_dim_p, p.concatenate_p):
+        return None  # before what made it is looked at: a whole program may have
     parts = [_constant(v) for v in op.inputs]
     if any(part is None for part in parts):
         return None
-    if op.primitive is p.broadcast_in_dim_p and parts[0].ndim == 0:
-        return np.full(op.params["shape"], parts[0])
     if op.primitive is p.concatenate_p:
         return np.concatenate(parts, op.params["dimension"])
-    return None
+    return np.full(op.params["shape"], parts[0]) if parts[0].ndim == 0 else None

@@ -105,3 +105,14 @@ def test_windows_that_reach_outside_are_dropped() -> None:
 
     assert "write" not in primitives(fun, arr(16, 6), arr(14, 6))
     check(fun, (arr(16, 6), arr(14, 6)), make_mesh(y=4), (P("y"), P()), P("y"))
+
+
+def test_places_that_a_long_program_computes_are_not_looked_into() -> None:
+    """Whether a place is constant is told by what makes it, however much made that."""
+
+    def fun(x: Any, i: Any) -> Any:
+        for _ in range(1500):
+            i = lax.bitwise_and(lax.add(i, i), 7)
+        return lax.gather(x, i[None], lax.GatherDimensionNumbers((0, 1), (), (0,)), (2, 6))
+
+    assert "gather" in primitives(fun, arr(16, 6), np.int32(3))
