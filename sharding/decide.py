@@ -4,7 +4,7 @@ A pure function of the equation's rule and of what is known of its tensors. Laye
 the same again: every answer is kept.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ LEVELS = (
     "reduced factors",
     "broadcasts forward",
 )
-FURTHEST, PASS, REDUCE, BROADCAST = 1, 2, 3, 4
+FURTHEST, REDUCE, BROADCAST = 1, 3, 4
 
 
 class State(NamedTuple):
@@ -51,8 +51,8 @@ class Case(NamedTuple):
     rule: Rule
     shapes: tuple[tuple[int, ...], ...]
     same: tuple[int, ...]
-    reach: tuple[int, ...] = ()
-    first: tuple[Axes, ...] = ()
+    reach: tuple[int, ...]
+    first: tuple[Axes, ...]
 
 
 class Extension(NamedTuple):
@@ -246,7 +246,7 @@ class _Deciding:
         """Factors whose proposals count, but do not go anywhere yet."""
         if self.level != FURTHEST or self.rule.early:
             return set()
-        mine: Mapping[str, Axes] = dict(zip(self.rule.factors, self.case.first, strict=True))
+        mine = dict(zip(self.rule.factors, self.case.first, strict=True))
         return {
             p.factor for p in best
             if any(axis not in mine[p.factor] and clashes(axis, p.axes) for axis in self.first)

@@ -68,6 +68,10 @@ class MeshShape:
     def __hash__(self) -> int:
         return self._hash
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without its hash, which is that of strings in this process.
+        return MeshShape, (self.axes, self.manual, self.across)
+
     @cached_property
     def _hash(self) -> int:
         return hash((self.axes, self.manual, self.across))

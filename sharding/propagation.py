@@ -8,7 +8,7 @@ of it has (`reach`). Every decision is kept (`provenance.Event`).
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sharding.decide import FURTHEST, LEVELS, Case, Decider, State
 from sharding.errors import SpecError
@@ -185,23 +185,26 @@ class _Propagation:
     def known(self, value: Value) -> State:
         return self.decider.states[self.states[value.id]]
 
+    def learn(self, value: Value, **more: Any) -> None:
+        """Changes what is known of a value, by the names of `State`."""
+        self.states[value.id] = self.decider.state(self.known(value)._replace(**more))
+
     def reserve(self) -> None:
         """Closed dims and axes that an annotation will want are out of reach from the start."""
         for value, sharding in self.annotations:
             wanted = tuple(a for d in sharding.dims for a in d.axes) + sharding.pinned
-            dims, is_open, reserved = self.known(value)
+            _, is_open, reserved = self.known(value)
             pairs = zip(sharding.dims, is_open, strict=True)
             is_open = tuple(old and dim.open and not dim.priority for dim, old in pairs)
-            self.states[value.id] = self.decider.state(State(dims, is_open, reserved + wanted))
+            self.learn(value, open=is_open, reserved=reserved + wanted)
 
     def annotate(self, value: Value, sharding: Sharding, priority: int) -> None:
         """Applies the dims of one annotation that have their turn now."""
         for d, dim in enumerate(sharding.dims):
             if dim.priority != priority:
                 continue
-            dims, is_open, reserved = self.known(value)
-            is_open = (*is_open[:d], dim.open, *is_open[d + 1 :])
-            self.states[value.id] = self.decider.state(State(dims, is_open, reserved))
+            dims, is_open, _ = self.known(value)
+            self.learn(value, open=(*is_open[:d], dim.open, *is_open[d + 1 :]))
             current = dims[d]
             more = extension(current, dim.axes, self.mesh) if value.shape[d] > 1 else ()
             if more:
@@ -240,9 +243,8 @@ class _Propagation:
             self.events.append(Event(value.id, d, taken, index, source, p.factor, self.level))
 
     def extend(self, value: Value, d: int, axes: tuple[str, ...]) -> None:
-        dims, is_open, reserved = self.known(value)
-        dims = (*dims[:d], axes, *dims[d + 1 :])
-        self.states[value.id] = self.decider.state(State(dims, is_open, reserved))
+        dims = self.known(value).dims
+        self.learn(value, dims=(*dims[:d], axes, *dims[d + 1 :]))
         for i in self.touching[value.id]:
             if not self.queued[i]:
                 self.queued[i] = 1

@@ -108,7 +108,7 @@ _OVERLAPS = dict.fromkeys(("v2", "v3", "v4"), _TPU) | {"v5e": _TPU | {"all_gathe
 # (book) the rest is left to kernels. On chips before these XLA puts no values there.
 _VMEM = {"v5e": 112, "v5p": 48, "v6e": 96}
 _OFFLOADED = ("all_gather", "all_reduce", "reduce_scatter")
-_SCATTERS = ("v2", "v3")
+_SCATTERS = ("v2", "v3")  # of compiled programs, libtpu 0.0.42
 # Collectives among the devices of one axis of the torus, and of two or three.
 _OFFLOAD = tuple(
     (f"xla_tpu_enable_sparse_core_{what}", "true") for what in (

@@ -247,7 +247,8 @@ def _scatter(monoid: str, linear: tuple[tuple[int, ...], ...] = ()) -> RuleFn:
         factors = _Factors()
         batch = _batched(factors, indices.shape, kinds)
         left, windows = [], []
-        for d, (n, size) in enumerate(zip(operand.shape, _window_sizes(op), strict=True)):
+        sizes = window_sizes(numbers, operand.shape, updates.shape)
+        for d, (n, size) in enumerate(zip(operand.shape, sizes, strict=True)):
             if d in pairs:
                 left.append(batch[pairs[d]])
                 continue
@@ -275,20 +276,19 @@ register(p.scatter_max_p)(_scatter("max"))
 register(p.scatter_p)(_scatter(""))
 
 
-def _window_sizes(op: OpInfo) -> list[int]:
-    """Global size of an update's window per dim of the operand."""
-    numbers = op.params["dimension_numbers"]
-    updates = op.in_avals[2].shape
+def window_sizes(numbers: Any, operand: Sequence[int], updates: Sequence[int]) -> list[int]:
+    """Global size of a scatter's window per dim of the operand, from the shapes of both."""
     sizes = iter([updates[d] for d in sorted(numbers.update_window_dims)])
     alone = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
-    return [1 if d in alone else next(sizes) for d in range(len(op.in_avals[0].shape))]
+    return [1 if d in alone else next(sizes) for d in range(len(operand))]
 
 
 def _local_scatter(
     ctx: Local, op: OpInfo, x: Any, indices: Any, updates: Any
 ) -> Sequence[Any]:
-    where = op.params["dimension_numbers"].scatter_dims_to_operand_dims
-    shape, sizes = op.in_avals[0].shape, _window_sizes(op)
+    numbers, shape = op.params["dimension_numbers"], op.in_avals[0].shape
+    where = numbers.scatter_dims_to_operand_dims
+    sizes = window_sizes(numbers, shape, op.in_avals[2].shape)
     reduced = [f for f in _batch_factors(op) if ctx.axes(f)]
     if reduced:
         none = _identity(op.primitive, x.dtype)

@@ -14,6 +14,7 @@ from jax import lax
 
 from sharding import _jax
 from sharding.rule import Factor, Kind, Local, Merged, OpInfo, Rule, register, register_merged
+from sharding.rules.indexing import window_sizes
 
 p = _jax.primitives
 
@@ -53,10 +54,13 @@ _COMBINE: dict[str, Callable[[Any, Any], Any]] = {
 }  # fmt: skip
 
 
-def _write(x: Any, y: Any, *, starts: tuple[int, ...], combine: str) -> Any:
-    """`x` where the window of `y`, whose first element is at `starts`, is combined with it."""
+def _write(x: Any, y: Any, *, starts: Sequence[int], combine: str, inside: Any = None) -> Any:
+    """`x` where the window of `y`, whose first element is at `starts`, is combined with it; of the
+    window only what is `inside`, where that is given."""
     limits = [start + n for start, n in zip(starts, y.shape, strict=True)]
-    new = _COMBINE[combine](lax.slice(x, starts, limits), y)
+    old = lax.slice(x, starts, limits)
+    new = _COMBINE[combine](old, y)
+    new = new if inside is None else jnp.where(inside, new, old)
     return lax.dynamic_update_slice(x, new, starts)
 
 
@@ -86,8 +90,7 @@ def _write_rule(op: OpInfo) -> Rule:
 
 
 def _local_write(ctx: Local, op: OpInfo, x: Any, y: Any) -> Sequence[Any]:
-    starts, combine = list(op.params["starts"]), _COMBINE[op.params["combine"]]
-    inside = None
+    starts, inside = list(op.params["starts"]), None
     for d, (n, m) in enumerate(zip(*(aval.shape for aval in op.in_avals), strict=True)):
         axes, size = ctx.axes(f"d{d}"), x.shape[d]
         if n == m or not axes:
@@ -101,10 +104,7 @@ def _local_write(ctx: Local, op: OpInfo, x: Any, y: Any) -> Sequence[Any]:
         inside = mine if inside is None else inside & mine
         y = jnp.broadcast_to(y, (*y.shape[:d], size, *y.shape[d + 1 :]))
         starts[d] = 0
-    limits = [start + n for start, n in zip(starts, y.shape, strict=True)]
-    old = lax.slice(x, starts, limits)
-    new = combine(old, y) if inside is None else jnp.where(inside, combine(old, y), old)
-    return [lax.dynamic_update_slice(x, new, starts)]
+    return [_write(x, y, starts=starts, combine=op.params["combine"], inside=inside)]
 
 
 def _scattered(combine: str) -> Callable[[Mapping[str, Any], Sequence[Any]], Merged | None]:
@@ -115,11 +115,10 @@ def _scattered(combine: str) -> Callable[[Mapping[str, Any], Sequence[Any]], Mer
         numbers = params["dimension_numbers"]
         if numbers.operand_batching_dims or len(numbers.update_window_dims) != updates.rank:
             return None
-        found = iter(updates.shape)
-        alone = numbers.inserted_window_dims
-        sizes = [1 if d in alone else next(found) for d in range(array.rank)]
-        where = numbers.scatter_dims_to_operand_dims
-        window = _placed(array.shape, sizes, alone, where, indices)
+        window = _placed(
+            array.shape, window_sizes(numbers, array.shape, updates.shape),
+            numbers.inserted_window_dims, numbers.scatter_dims_to_operand_dims, indices,
+        )  # fmt: skip
         if window is None:
             return None
 

@@ -42,15 +42,16 @@ def shared(planner: Any, value: Value, expected: Shares) -> Shares:
     if len(readers) < 2 or wanted.partial or not 0 < len(wanted.used) <= AXES:
         return expected
     apart = [_reading(planner, op, value, wanted)[0] for op in readers]
+    alone = sum(apart)
     tried: list[tuple[float, Layout, list[tuple[float, bool]]]] = []
     for layout in _layouts(wanted, expected):
         moved = plan(wanted, layout, value.shape, value.itemsize, planner.mesh).cost
-        if moved < sum(apart):
+        if moved < alone:
             tried.append((moved, layout, [_reading(planner, op, value, layout) for op in readers]))
     # What every way costs, such as local work, is no reason for one of them.
     each = zip(apart, *([cost for cost, _ in ways] for _, _, ways in tried), strict=True)
     least = sum(map(min, each))
-    best, chosen = WORTH * (sum(apart) - least), None
+    best, chosen = WORTH * (alone - least), None
     for moved, layout, ways in tried:
         total = moved + sum(cost for cost, _ in ways) - least
         if total < best:

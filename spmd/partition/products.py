@@ -8,17 +8,16 @@ its transposition is left as it is.
 from dataclasses import replace
 
 from sharding.program import Value
-from spmd.partition.linear import multiplies, transposes
+from spmd.partition.linear import multiplies, only_reader, transposes
 from spmd.partition.plan import Compute, Move, ProgramPlan, RegionPlan, rewritten
 
 
 def keep_products(plan: ProgramPlan) -> ProgramPlan:
     """The plan with every product that is only transposed kept apart from that."""
-    uses, readers = plan.program.uses, plan.program.readers
 
     def transposed(value: Value) -> bool:
-        reads = readers[value.id]
-        return uses[value.id] == len(reads) == 1 and transposes(reads[0][0])
+        reader = only_reader(plan.program, value)
+        return reader is not None and transposes(reader[0])
 
     def change(found: Move | Compute, body: RegionPlan) -> Move | Compute:
         if isinstance(found, Compute) and multiplies(found.op):

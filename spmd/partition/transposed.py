@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from sharding.program import Op, Program, Value
+from sharding.program import Program
 from spmd.partition.linear import multiplies, only_reader, through, transposes
 from spmd.partition.placed import forced
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
@@ -32,7 +32,7 @@ def reduce_transposed(plan: ProgramPlan) -> ProgramPlan:
 
     def region(body: RegionPlan) -> RegionPlan:
         late = dict(_early(plan.program, body.code))
-        return replace(body, code=tuple(map(inside, _rewritten(body, late))))
+        return replace(body, code=tuple(map(inside, _rewritten(plan.program, body, late))))
 
     def inside(one: Move | Compute) -> Move | Compute:
         if isinstance(one, Move):
@@ -57,7 +57,9 @@ def _early(program: Program, code: Sequence[Move | Compute]) -> Iterator[tuple[i
             yield one.value.id, one
 
 
-def _rewritten(body: RegionPlan, late: Mapping[int, Move]) -> Iterator[Move | Compute]:
+def _rewritten(
+    program: Program, body: RegionPlan, late: Mapping[int, Move]
+) -> Iterator[Move | Compute]:
     for one in body.code:
         if isinstance(one, Move):
             if one.value.id not in late:
@@ -76,10 +78,5 @@ def _rewritten(body: RegionPlan, late: Mapping[int, Move]) -> Iterator[Move | Co
             results=(Key(value, src),), asked=(),
         )  # fmt: skip
         steps = reshard(src, made, value.shape, value.itemsize, body.mesh)
-        yield Move(value, src, made, steps, _reader(value, body.code))
-
-
-def _reader(value: Value, code: Sequence[Move | Compute]) -> Op | None:
-    """The first operation that reads a value; None at the end of a region."""
-    readers = (one.op for one in code if isinstance(one, Compute) and value in one.op.inputs)
-    return next(readers, None)
+        reason = next((reader for reader, _ in program.readers[value.id]), None)
+        yield Move(value, src, made, steps, reason)

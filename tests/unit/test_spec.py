@@ -1,5 +1,7 @@
 """The language of shardings: one canonical text, validation, sub-axes, axis rules."""
 
+import pickle
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -185,3 +187,11 @@ def test_entries_that_are_no_axes() -> None:
     with pytest.raises(SpecError) as error:
         parse_spec((0, ""))
     assert str(error.value).startswith("2 problems\n(1) entry 0 of the spec is 0\n")
+
+
+def test_a_pickled_mesh_does_not_bring_its_hash() -> None:
+    """Hashes of strings are those of one process."""
+    mesh = MeshShape.of({"data": 2, "tensor": 4})
+    assert hash(mesh) and "_hash" in vars(mesh)
+    found = pickle.loads(pickle.dumps(mesh))
+    assert found == mesh and "_hash" not in vars(found)
