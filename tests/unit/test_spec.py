@@ -1,6 +1,6 @@
 """The language of shardings: one canonical text, validation, sub-axes, axis rules."""
 
-import pickle
+import copy
 
 import pytest
 from hypothesis import given
@@ -189,9 +189,9 @@ def test_entries_that_are_no_axes() -> None:
     assert str(error.value).startswith("2 problems\n(1) entry 0 of the spec is 0\n")
 
 
-def test_a_pickled_mesh_does_not_bring_its_hash() -> None:
+def test_a_mesh_does_not_carry_its_hash_elsewhere() -> None:
     """Hashes of strings are those of one process."""
     mesh = MeshShape.of({"data": 2, "tensor": 4})
     assert hash(mesh) and "_hash" in vars(mesh)
-    found = pickle.loads(pickle.dumps(mesh))
+    found = copy.copy(mesh)  # as pickles are made
     assert found == mesh and "_hash" not in vars(found)
