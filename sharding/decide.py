@@ -5,10 +5,10 @@ the same again: every answer is kept.
 """
 
 from collections.abc import Sequence
-from math import prod
+from math import gcd, prod
 from typing import Any, NamedTuple
 
-from sharding.mesh import MeshShape, axes_size
+from sharding.mesh import MeshShape, axes_size, axis_size, split_axis
 from sharding.project import Axes, clashes, expressible, extension, to_dims, to_factors
 from sharding.resolve import Proposal, apart, rank, reason, tied
 from sharding.rule import Kind, Rule
@@ -21,6 +21,7 @@ LEVELS = (
     "broadcasts forward",
 )
 FURTHEST, REDUCE, BROADCAST = 1, 3, 4
+SCATTERED = "the shards would not be contiguous"
 
 
 class State(NamedTuple):
@@ -258,19 +259,72 @@ class _Deciding:
         more = extension(current, proposal.axes, self.mesh)
         if more is None:
             why = f"it is sharded over {'+'.join(current)}"
-        elif not more:
+        elif not more or self.elsewhere(proposal, t, more):
             return
         elif not self.states[t].open[d]:
             why = "the dim is closed by an annotation"
         else:
             taken, why = self.takeable(proposal, t, current, more)
             if taken:
-                self.extend(proposal, t, d, current, taken)
+                self.factors[t][proposal.factor] = current + taken
+                self.extend(proposal, t, d, taken)
+            if why == SCATTERED and all(
+                self.joined(proposal, t, d, axis) for axis in more[len(taken) :]
+            ):
+                why = ""
         if why:
             self.refusals.append(Refusal(t, d, proposal, why))
 
-    def extend(self, proposal: Proposal, t: int, d: int, current: Axes, taken: Axes) -> None:
-        self.factors[t][proposal.factor] = current + taken
+    def joined(self, proposal: Proposal, t: int, d: int, axis: str) -> bool:
+        """Extends a dim that is several dims of the proposing tensor in one by an axis of a minor
+        one of these, after those of the major ones. That tensor then has it on its major dims for
+        the operation, after an all-to-all; else it would be gathered, and what follows repeated.
+        """
+        dims = self.dims[self.case.same[t]]
+        if clashes(axis, tuple(a for axes in dims for a in axes) + self.states[t].reserved):
+            return False
+        taken = self.divided(t, d, axis)
+        new = (*dims[:d], (*dims[d], *taken), *dims[d + 1 :])
+        found = to_factors(self.rule, t, new, self.mesh)
+        if not self.both_have(proposal.tensor, t, d, found):
+            return False
+        if to_dims(self.rule, t, found, self.mesh) != new:
+            return False
+        self.factors[t] = found
+        self.extend(proposal, t, d, taken)
+        return True
+
+    def divided(self, t: int, d: int, axis: str) -> Axes:
+        """An axis as far as it fits into the major factors of a dim; the rest, its major part, is
+        where it was."""
+        for name in self.rule.tensors[t][d]:
+            if name in self.rule.alone:
+                continue
+            size, shards = self.rule.factors[name].size, axis_size(self.mesh, axis)
+            room = size // axes_size(self.mesh, self.factors[t].get(name, ()))
+            if room > 1:
+                fits = gcd(room, shards)
+                parts = split_axis(self.mesh, axis, shards // fits) if 1 < fits < shards else None
+                return parts[::-1] if parts else (axis,)
+        return (axis,)
+
+    def both_have(self, source: int, t: int, d: int, found: dict[str, Axes]) -> bool:
+        """Whether the factors of a dim that are sharded are also of another tensor."""
+        names = set(found).intersection(self.rule.tensors[t][d])
+        theirs = {name for name in names if any(u == source for u, _ in self.rule.where[name])}
+        passes = all(self.rule.factors[name].kind is Kind.PASS for name in names)
+        return names == theirs and passes and expressible(self.rule, t, found, self.mesh)
+
+    def elsewhere(self, proposal: Proposal, t: int, more: Axes) -> bool:
+        """Whether a tensor has axes on a part of what is one dim on it, or where they come from."""
+        tensors, where = self.rule.tensors, self.rule.where[proposal.factor]
+        kin = {n for u, d in where if u in (t, proposal.tensor) for n in tensors[u][d]}
+        if len(kin) == 1:
+            return False
+        mine = tuple(a for name in kin for a in self.factors[t].get(name, ()))
+        return all(clashes(axis, mine) for axis in more)
+
+    def extend(self, proposal: Proposal, t: int, d: int, taken: Axes) -> None:
         axes = to_dims(self.rule, t, self.factors[t], self.mesh)[d]
         first = self.case.same[t]
         dims = self.dims[first]
@@ -293,7 +347,7 @@ class _Deciding:
             if axes_size(self.mesh, trial) > size:
                 return taken, f"{axes_size(self.mesh, trial)} shards of {size} elements"
             if not expressible(self.rule, t, {**factors, proposal.factor: trial}, self.mesh):
-                return taken, "the shards would not be contiguous"
+                return taken, SCATTERED
             taken += (axis,)
         return taken, ""
 

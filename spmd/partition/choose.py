@@ -136,12 +136,17 @@ def _all_candidates(
     for axis in options.displaced:
         for name in _refuges(rule, axis, mesh):
             options.offer(axis, name)
-    axes, choices = list(options.factors), options.choices()
-    for combo in product(*choices):
-        assignment = _assemble(rule, axes, combo, options.order)
-        carries = can_carry(rule, assignment.carried, operands, mixed)
-        if carries and legal(rule, assignment.axes, mesh):
-            yield from (assignment, *options.swapped(assignment))
+    axes = list(options.factors)
+    for pruned in (True, False):
+        found = False
+        for combo in product(*options.choices(pruned)):
+            assignment = _assemble(rule, axes, combo, options.order)
+            carries = can_carry(rule, assignment.carried, operands, mixed)
+            if carries and legal(rule, assignment.axes, mesh):
+                found = True
+                yield from (assignment, *options.swapped(assignment))
+        if found:
+            break  # else what the result wants cannot be had all at once: a part of it
     yield Assignment(())
 
 
@@ -190,9 +195,10 @@ class _Options:
                 factors = (*assignment.factors[:i], other, *assignment.factors[i + 1 :])
                 yield assignment._replace(factors=factors)
 
-    def choices(self) -> list[list[str]]:
+    def choices(self, pruned: bool) -> list[list[str]]:
         """Per axis the factors to try, not too many in all."""
-        found = [_prune(axis, list(names), self.wanted) for axis, names in self.factors.items()]
+        wanted = self.wanted if pruned else set()
+        found = [_prune(axis, list(names), wanted) for axis, names in self.factors.items()]
         if prod(map(len, found)) > _MAX_CANDIDATES:
             found = [names[:2] for names in found]
         return found

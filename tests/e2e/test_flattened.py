@@ -1,0 +1,122 @@
+"""Several sharded dims made one, as tokens of a batch are for a layer or a loss, and back."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sharding import P, shard
+from tests.oracle import check, kinds, make_mesh
+
+BATCH, LENGTH, WIDTH = 8, 16, 32
+PLACE = P("data", "seq")
+SHAPE = (BATCH, LENGTH, WIDTH)
+
+
+def draw(*shape: int) -> Any:
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def flat(x: Any) -> Any:
+    return x.reshape(-1, x.shape[-1])
+
+
+def test_every_shard_gets_whole_rows_by_an_all_to_all() -> None:
+    """Of 8 x 16 tokens a device has 4 x 4; of the flat ones, 16 in a row: those of one example."""
+    x, w = draw(*SHAPE), draw(WIDTH, WIDTH)
+
+    def fun(x: Any, w: Any) -> Any:
+        return jnp.tanh(flat(x) @ w).reshape(x.shape)
+
+    planned = check(fun, (x, w), make_mesh(data=2, seq=4), (PLACE, P()), PLACE)
+    assert kinds(planned) == {("all_to_all", ("seq",)): (2, 2 * x.nbytes / 8 * 3 / 4)}
+    text = str(planned.explain("%2"))
+    assert "dim 0 on seq\n    x dim 1: in_shardings" in text
+    assert "not taken" not in text
+
+
+def test_examples_that_are_fewer_than_shards_take_a_part_of_the_axis() -> None:
+    """Two examples per device, four shards of their tokens: the minor half of the axis goes to
+    the examples, and the major half stays."""
+    x, w = draw(4, LENGTH, WIDTH), draw(WIDTH, WIDTH)
+
+    def fun(x: Any, w: Any) -> Any:
+        return jnp.tanh(flat(x) @ w).reshape(x.shape)
+
+    planned = check(fun, (x, w), make_mesh(data=2, seq=4), (PLACE, P()), PLACE)
+    assert kinds(planned) == {("all_to_all", ("seq:(2)2",)): (2, 2 * x.nbytes / 8 / 2)}
+
+
+def test_examples_that_are_whole_shards_stay() -> None:
+    x = draw(2, LENGTH, WIDTH)
+    planned = check(
+        lambda x: jnp.tanh(flat(x)).reshape(x.shape), (x,), make_mesh(data=2, seq=4), (PLACE,),
+        PLACE,
+    )  # fmt: skip
+    assert not planned.collectives
+
+
+def test_a_flat_result_that_is_asked_for_in_two_dims_is_cut_in_place() -> None:
+    """Of the two axes that the result wants, the flat operand can bring one: it stays there."""
+    x = draw(BATCH * LENGTH, WIDTH)
+    planned = check(
+        lambda x: shard(jnp.tanh(x), "data", None).reshape(SHAPE), (x,),
+        make_mesh(data=2, seq=4), (P("data"),), PLACE,
+    )  # fmt: skip
+    assert not planned.collectives
+
+
+def test_heads_beside_the_batch() -> None:
+    """Attention over examples and heads as one dim."""
+    x = draw(BATCH, LENGTH, 8, 4)
+
+    def fun(x: Any) -> Any:
+        h = x.transpose(0, 2, 1, 3).reshape(-1, LENGTH, 4)
+        h = jax.nn.softmax(h @ h.swapaxes(1, 2)) @ h
+        return h.reshape(BATCH, 8, LENGTH, 4).transpose(0, 2, 1, 3)
+
+    place = P("data", None, "tensor")
+    planned = check(fun, (x,), make_mesh(data=2, tensor=4), (place,), place)
+    assert kinds(planned) == {("all_to_all", ("tensor",)): (2, 2 * x.nbytes / 8 * 3 / 4)}
+
+
+def test_windows_of_rows_beside_the_batch() -> None:
+    """Windows of 4 x 4 of an image whose rows are sharded, each a row of the flat array."""
+    x, w = draw(BATCH, 32, 8, 4), draw(4, 4)
+
+    def fun(x: Any, w: Any) -> Any:
+        h = x.reshape(BATCH, 8, 4, 2, 4, 4).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 16, 4) @ w
+        return h.reshape(BATCH, 8, 2, 4, 4, 4).transpose(0, 1, 3, 2, 4, 5).reshape(x.shape)
+
+    planned = check(fun, (x, w), make_mesh(data=2, seq=4), (PLACE, P()), PLACE)
+    assert kinds(planned) == {("all_to_all", ("seq",)): (2, 2 * x.nbytes / 8 * 3 / 4)}
+
+
+def normalise(x: Any) -> Any:
+    h = flat(x)
+    return ((h - h.mean(0)) / h.std(0)).reshape(x.shape)
+
+
+def tied(x: Any) -> Any:
+    """The flat dim and the dims that it was made of meet again."""
+    return x + jnp.tanh(flat(x)).reshape(x.shape)
+
+
+def columns(x: Any) -> Any:
+    """A minor dim made one with features."""
+    return jnp.tanh(x.reshape(BATCH, -1)).reshape(x.shape)
+
+
+@pytest.mark.parametrize("fun", [normalise, tied, columns])
+@pytest.mark.parametrize("place", [
+    PLACE, P("seq", "data"), P(None, "seq"), P(None, ("data", "seq")), P("data", None, "seq"),
+    P(None, "data", "seq"),
+])  # fmt: skip
+def test_values(fun: Callable[[Any], Any], place: Any) -> None:
+    for batch in (1, 3, 4, 8):
+        x = draw(BATCH, LENGTH, WIDTH)[:batch] if fun is not columns else draw(*SHAPE)
+        if place[0] is None or batch % 4 == 0:
+            check(fun, (x,), make_mesh(data=2, seq=4), (place,), place)
