@@ -15,6 +15,7 @@ from spmd.partition import diagnose
 from spmd.partition.again import again, from_nothing
 from spmd.partition.broadcasts import late_broadcasts
 from spmd.partition.choose import Alternatives, alternatives, choose
+from spmd.partition.flattened import follow_flattened
 from spmd.partition.gathers import shared
 from spmd.partition.loops import improved
 from spmd.partition.placed import expected, forced, makes, needs
@@ -86,6 +87,7 @@ class _Planner:
         self.carried: dict[int, tuple[str, ...]] = {}
         # Layouts that a pass wants, in place of those propagated.
         self.assumed: dict[int, Layout] = {}
+        follow_flattened(self)
 
     def on(self, name: str) -> bool:
         """Whether a pass is on."""

@@ -95,6 +95,26 @@ def test_windows_of_rows_beside_the_batch() -> None:
     assert kinds(planned) == {("all_to_all", ("seq",)): (2, 2 * x.nbytes / 8 * 3 / 4)}
 
 
+def test_features_are_moved_and_not_the_logits_made_of_them() -> None:
+    """The loss of flat tokens and its gradient: features come to the flat order once, with the
+    tokens' ids, and the gradient of the weights is reduced."""
+    x, w = draw(*SHAPE), draw(WIDTH, 128)
+    ids = np.random.default_rng(1).integers(0, 128, (BATCH, LENGTH), np.int32)
+
+    def loss(w: Any, x: Any, ids: Any) -> Any:
+        logits = (2 * (x @ w)).reshape(-1, 128)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), ids.reshape(-1, 1), 1)
+        return -picked.mean()
+
+    planned = check(
+        jax.value_and_grad(loss), (w, x, ids), make_mesh(data=2, seq=4), (P(), PLACE, PLACE),
+        (P(), P()),
+    )  # fmt: skip
+    found = kinds(planned)
+    assert found.pop(("all_to_all", ("seq",))) == (2, (x.nbytes + ids.nbytes) / 8 * 3 / 4)
+    assert found == {("all_reduce", ("data", "seq")): (2, (w.nbytes + 4) * 2 * 7 / 8)}
+
+
 def normalise(x: Any) -> Any:
     h = flat(x)
     return ((h - h.mean(0)) / h.std(0)).reshape(x.shape)
