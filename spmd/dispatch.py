@@ -86,11 +86,12 @@ def jit(
         reduce-scatters, to fill no memory with zeros that are overwritten, and to run collectives
         beside computation), "transposed_sums" (so that they copy no weights into the order of their
         gradients), "keep_products" (what the CPU compiler needs in order to multiply matrices at
-        full speed), "saved_gathers" (see `memory_limit`).
+        full speed), "saved_gathers" and "bounded_schedule" (see `memory_limit`).
       memory_limit: bytes that a device has for the program. While the predicted peak stays below,
         weights that loops over layers gather forward and again on the way back are gathered once;
-        where it is above, "loop_invariants" and "loop_sums" are given up if that helps. A program
-        that is predicted to need more all the same has a diagnostic. None: neither is done.
+        where it is above, "loop_invariants" and "loop_sums" are given up if that helps. TPU
+        compilers take no more to run transfers early. A program that is predicted to need more all
+        the same has a diagnostic. None: nothing of this is done.
 
     Returns:
       A callable with the stages `.trace`, `.lower` (see `spmd.stages`).

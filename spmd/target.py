@@ -58,19 +58,45 @@ def suited(plan: ProgramPlan, options: Options) -> ProgramPlan:
     if chip is None:
         return plan
     for name, change in _SUITED.get(chip.family, ()):
-        needless = name in _UNLESS_KEPT and (chip.scatters or _of_chip(options))
+        needless = name in _UNLESS_KEPT and (chip.scatters or "async_collectives" in _told(options))
         plan = change(plan) if options.on(name) and not needless else plan
     return plan
 
 
 def compiler_options(options: Options) -> dict[str, Any]:
     """What XLA is told: the options of the chip, and those that the user gave, which win."""
-    return {**_of_chip(options), **dict(options.compiler_options)}
+    told = {name: value for found in _told(options).values() for name, value in found.items()}
+    return {**told, **dict(options.compiler_options)}
 
 
-def _of_chip(options: Options) -> dict[str, str]:
+# What the compiler is told things for, by the name of the pass.
+_PURPOSES = {
+    "async_collectives":
+        "collectives beside computation, which TPUs with SparseCores are asked for",
+    "bounded_schedule": "an order of operations within memory_limit, which TPUs are asked for",
+}
+# Above this part of the memory, in percent, the scheduler is left to its own limit.
+_OWN_LIMIT = 90
+
+
+def _told(options: Options) -> dict[str, dict[str, str]]:
+    """Options of XLA by the name of the pass, of those that are on."""
     chip = chip_of(options.mesh)
-    return dict(chip.options) if chip is not None and options.on("async_collectives") else {}
+    if chip is None:
+        return {}
+    found = {"async_collectives": dict(chip.options), "bounded_schedule": _schedule(chip, options)}
+    return {name: told for name, told in found.items() if told and options.on(name)}
+
+
+def _schedule(chip: Chip, options: Options) -> dict[str, str]:
+    """How much memory XLA's scheduler may take to start transfers early, in whole percents of the
+    device's. It takes what there is, also where nothing runs earlier for it."""
+    if options.memory_limit is None or chip.family != "tpu":
+        return {}
+    percent = int(100 * options.memory_limit / chip.usable_bytes)
+    if percent >= _OWN_LIMIT:
+        return {}
+    return {"xla_tpu_scheduler_percent_shared_memory_limit": str(max(percent, 1))}
 
 
 @contextmanager
@@ -83,10 +109,11 @@ def explained(options: Options) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        name = next((name for name in _of_chip(options) if name in str(error)), None)
-        if name is None or name in dict(options.compiler_options):
+        given, told = dict(options.compiler_options), _told(options).items()
+        pairs = [(off, name) for off, found in told for name in found if name in str(error)]
+        if not pairs or pairs[0][1] in given:
             raise
+        off, name = pairs[0]
         why = f"this compiler does not take the option {name}: {str(error).splitlines()[0]}"
-        fix = 'spmd.jit(..., disable_passes=["async_collectives"]) compiles without it'
-        what = "collectives beside computation, which TPUs with SparseCores are asked for"
-        raise ArgumentError(Problem(what, why, fix)) from error
+        fix = f'spmd.jit(..., disable_passes=["{off}"]) compiles without it'
+        raise ArgumentError(Problem(_PURPOSES[off], why, fix)) from error

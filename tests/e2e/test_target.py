@@ -40,6 +40,45 @@ def test_options_of_the_user_win(told: None) -> None:
     assert compiler_options(Options(mesh, disable_passes=("async_collectives",))) == {}
 
 
+@pytest.mark.parametrize("limit, percent", [
+    (None, None), (3 * 2**30, "30"), (1000, "1"), (9 * 2**30 - 1, "89"), (9 * 2**30, None),
+    (2**40, None),
+])  # fmt: skip
+def test_the_scheduler_of_tpus_keeps_to_the_memory_limit(
+    monkeypatch: pytest.MonkeyPatch, limit: int | None, percent: str | None
+) -> None:
+    chip = dataclasses.replace(CHIPS["cpu"], family="tpu", usable_bytes=10 * 2**30)
+    monkeypatch.setitem(CHIPS, "cpu", chip)
+    mesh = make_mesh(x=2)
+    name = "xla_tpu_scheduler_percent_shared_memory_limit"
+    want = {} if percent is None else {name: percent}
+    assert compiler_options(Options(mesh, memory_limit=limit)) == want
+    off = ("bounded_schedule",)
+    assert compiler_options(Options(mesh, memory_limit=limit, disable_passes=off)) == {}
+
+
+def test_simulated_devices_have_no_such_scheduler() -> None:
+    assert compiler_options(Options(make_mesh(x=2), memory_limit=1000)) == {}
+
+
+def test_a_compiler_that_knows_no_memory_limit_is_explained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chip = dataclasses.replace(CHIPS["cpu"], family="tpu", usable_bytes=10 * 2**30)
+    monkeypatch.setitem(CHIPS, "cpu", chip)
+    options = {"mesh": make_mesh(x=2), "in_shardings": P("x"), "memory_limit": 2**30}
+    with pytest.raises(ArgumentError) as error:
+        spmd.jit(jnp.tanh, **options)(np.ones(8, np.float32))
+    lines = str(error.value).splitlines()
+    assert lines[0] == "an order of operations within memory_limit, which TPUs are asked for"
+    assert lines[1].startswith(
+        "  why: this compiler does not take the option xla_tpu_scheduler_percent_shared_memory_"
+    )
+    assert lines[2] == (
+        '  fix: spmd.jit(..., disable_passes=["bounded_schedule"]) compiles without it'
+    )
+
+
 def test_a_compiler_that_does_not_understand_is_explained(told: None) -> None:
     x = np.arange(8, dtype=np.float32)
     options = {"mesh": make_mesh(x=2), "in_shardings": P("x")}

@@ -1,0 +1,61 @@
+"""Programs of the suite with `memory_limit=`, as the TPU compiler schedules them.
+
+    python -m benchmarks.memory_limit --target v5p:2x2x4 --only graph --limit 1
+
+Peak memory and estimated step without a limit and with each: XLA's scheduler takes what memory
+there is in order to start transfers early, and with a limit no more than that. Needs the extra
+`tpu`, and no TPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.suite.measure import Result, examine
+from benchmarks.suite.registry import programs
+from benchmarks.suite.systems import bind
+from benchmarks.suite.targets import Target
+from spmd import jit
+
+GiB = 2**30
+
+
+def measured(target: Target, name: str, limit: float | None) -> Result:
+    """A program as it is compiled with a limit in GiB."""
+    placed = target.place(next(each for each in programs() if each.name == name))
+    bound = bind(placed.case, placed.mesh)
+    case = bound.case
+    compiled = jit(
+        case.fun, mesh=bound.mesh, axis_rules=case.axis_rules, in_shardings=bound.in_shardings,
+        out_shardings=bound.out_shardings, donate_argnums=case.donate,
+        memory_limit=None if limit is None else int(limit * GiB),
+    ).lower(*case.args).compile()  # fmt: skip
+    result = Result(name)
+    examine(result, compiled, dict(bound.mesh.shape), placed.layout)
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--target", default="v5p:2x2x4")
+    parser.add_argument("--only", action="append", help="name of a program; repeatable")
+    parser.add_argument("--limit", type=float, action="append", help="GiB; repeatable")
+    args = parser.parse_args(argv)
+    target = Target(args.target)
+    target.prepare()
+    table = Table("program", "memory_limit, GiB", "peak, GB", "estimated step, ms", "wire, MB")
+    cases = [(n, x) for n in args.only or ["graph"] for x in (None, *(args.limit or [1.0]))]
+    for name, limit in track(cases, "compiling", console=Console(stderr=True)):
+        found = measured(target, name, limit)
+        row = ("-" if limit is None else f"{limit:g}", f"{found.peak_bytes / 1e9:.2f}",
+               f"{found.estimated_s * 1e3:.1f}", f"{found.wire_bytes / 1e6:,.0f}")  # fmt: skip
+        table.add_row(name, *row)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
