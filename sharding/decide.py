@@ -309,11 +309,12 @@ class _Deciding:
         return (axis,)
 
     def both_have(self, source: int, t: int, d: int, found: dict[str, Axes]) -> bool:
-        """Whether the factors of a dim that are sharded are also of another tensor."""
+        """Whether the factors of a dim that are sharded are so on another tensor too."""
         names = set(found).intersection(self.rule.tensors[t][d])
         theirs = {name for name in names if any(u == source for u, _ in self.rule.where[name])}
         passes = all(self.rule.factors[name].kind is Kind.PASS for name in names)
-        return names == theirs and passes and expressible(self.rule, t, found, self.mesh)
+        here, there = (expressible(self.rule, u, found, self.mesh) for u in (t, source))
+        return names == theirs and passes and here and there
 
     def elsewhere(self, proposal: Proposal, t: int, more: Axes) -> bool:
         """Whether a tensor has axes on a part of what is one dim on it, or where they come from."""

@@ -152,7 +152,8 @@ def axis_size(mesh: MeshShape, ref: str) -> int:
         # A refined mesh has sub-axes as axes of their own: the whole text is the name.
         if axis == ref:
             return full
-        if axis == name and size is not None:
+        # A part of an axis, or of what is a part itself there.
+        if size is not None and split_ref(axis)[0] == name and overlap(axis, ref):
             return size
     raise KeyError(ref)
 

@@ -69,6 +69,28 @@ def test_a_flat_result_that_is_asked_for_in_two_dims_is_cut_in_place() -> None:
     assert not planned.collectives
 
 
+def test_what_the_other_side_cannot_hold_is_left_alone() -> None:
+    """[5, 16] as [10, 8]: eight shards of the 8 are no part of a dim of the 5 or the 16."""
+    x = draw(5, 16)
+    planned = check(
+        lambda x: jnp.tanh(jnp.sin(x).reshape(10, 8)).sum(0), (x,), make_mesh(x=8), None, P("x")
+    )
+    assert not planned.collectives
+
+
+@pytest.mark.parametrize("shape, dim", [
+    ((2, 64, 8), 1), ((4, 32, 8), 1), ((2, 4, 16, 8), 2),
+])  # fmt: skip
+def test_parts_of_an_axis_that_are_divided_again(shape: tuple[int, ...], dim: int) -> None:
+    """Into two dims, of which one takes a part of the part."""
+    x = draw(*shape)
+    planned = check(
+        lambda x: jnp.tanh(jnp.sin(x).reshape(-1, 8)).reshape(4, 2, 16, 8).sum(3), (x,),
+        make_mesh(x=8), (P(*(None,) * dim, "x"),),
+    )  # fmt: skip
+    assert planned.wire_bytes < x.nbytes * 7 / 8 / 2
+
+
 def test_heads_beside_the_batch() -> None:
     """Attention over examples and heads as one dim."""
     x = draw(BATCH, LENGTH, 8, 4)
