@@ -17,10 +17,10 @@ LEVELS = (
     "pointwise, reshape, transpose and data-flow edges",
     "passing factors, of each axis of the arguments along the dim that reaches furthest",
     "passing factors of every operation",
-    "reduced factors",
+    "reduced factors, and minor dims of those that are made one",
     "broadcasts forward",
 )
-FURTHEST, REDUCE, BROADCAST = 1, 3, 4
+FURTHEST, REDUCE, JOINED, BROADCAST = 1, 3, 3, 4
 SCATTERED = "the shards would not be contiguous"
 
 
@@ -268,10 +268,10 @@ class _Deciding:
             if taken:
                 self.factors[t][proposal.factor] = current + taken
                 self.extend(proposal, t, d, taken)
-            if why == SCATTERED and all(
-                self.joined(proposal, t, d, axis) for axis in more[len(taken) :]
-            ):
-                why = ""
+            if why == SCATTERED and self.rule.tensors[t][d][0] in self.rule.alone:
+                left = more[len(taken) :]
+                if self.level < JOINED or all(self.joined(proposal, t, d, a) for a in left):
+                    why = ""
         if why:
             self.refusals.append(Refusal(t, d, proposal, why))
 

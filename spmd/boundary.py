@@ -100,6 +100,14 @@ def refined_jax_mesh(mesh: Any, refined: MeshShape) -> Any:
     return Mesh(mesh.devices.reshape(sizes), refined.names, axis_types=automatic)
 
 
+def mapped_mesh(mesh: Any, given: Any) -> Any:
+    """The mesh of the `shard_map` over `mesh`, which may be a refined one of the user's: then its
+    names alone. Beside kernels that ask for devices when they are lowered, such as cuDNN's, JAX
+    takes no second mesh of devices than the one that arguments and results are on."""
+    refined = tuple(mesh.axis_names) != tuple(given.axis_names)
+    return mesh.abstract_mesh if refined and not isinstance(mesh, AbstractMesh) else mesh
+
+
 def _shortened(
     value: Value, d: int, wanted: tuple[str, ...], kept: tuple[str, ...], mesh: MeshShape
 ) -> Diagnostic:

@@ -183,6 +183,21 @@ def test_fewer_heads_of_keys(implementation: Any) -> None:
 
 
 @both
+def test_beside_parts_of_an_axis(implementation: Any) -> None:
+    """A kernel that asks for devices, in a program over a mesh of parts of the user's axes."""
+    z = arr(4, 16, 8)
+
+    def fun(q: Any, k: Any, v: Any, z: Any) -> Any:
+        q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+        out = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+        return out.astype(jnp.float32), jnp.tanh(z.reshape(-1, 8)).reshape(z.shape)
+
+    places = (*BATCH_HEADS, P("x", "y"))
+    planned = check(fun, (*qkv(), z), mesh(), places, (None, P("x", "y")), tolerance=3e-2)
+    assert kinds(planned) == {("all_to_all", ("y:(2)2",)): (2, z.nbytes / 8)}
+
+
+@both
 def test_heads_that_do_not_divide(implementation: Any) -> None:
     with pytest.warns(match="does not divide"):
         run(implementation, qkv(6), BATCH_HEADS)

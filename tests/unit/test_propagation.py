@@ -68,7 +68,11 @@ def test_reshape_keeps_shards_where_they_are_contiguous() -> None:
     merged = propagate(lambda x: x.reshape(128), X, in_shardings=P("data"))
     assert merged.out_shardings.spec == P("data")
     minor = propagate(lambda x: x.reshape(128), X, in_shardings=P(None, "data"))
-    assert minor.out_shardings.spec == P()
+    assert minor.out_shardings.spec == P("data")  # of the major dim, after an all-to-all
+    whole = propagate(lambda x: x[:1, :8].reshape(8), X, in_shardings=P(None, "data"))
+    assert whole.out_shardings.spec == P("data")
+    odd = propagate(lambda x: x[:3].reshape(48), X, in_shardings=P(None, "data"))
+    assert odd.out_shardings.spec == P()
 
 
 def test_an_axis_is_split_where_a_dim_is() -> None:
