@@ -3,8 +3,8 @@
     python -m benchmarks.suite --target cpu --programs benchmarks.suite.everyday
 
 Grids, particles, statistics, graphs, microbatches, reinforcement learning: one axis, `data`, over
-the dim that a user would shard first. What they send shows what propagation and rules make of code
-that nobody wrote for several devices.
+the dim that a user would shard first; a second one where dims are made one. What they send shows
+what propagation and rules make of code that nobody wrote for several devices.
 """
 
 from __future__ import annotations
@@ -30,9 +30,13 @@ def _ints(*dims: int) -> jax.ShapeDtypeStruct:
 
 def _program(
     name: str, text: str, fun: Callable, args: Sequence[Any], ins: Sequence[Any], outs: Any,
-    below: int = 0,
+    below: int = 0, pairs: bool = False,
 ) -> Program:  # fmt: skip
-    """A program with the same arguments at every size; integers are drawn `below` a bound."""
+    """A program with the same arguments at every size; integers are drawn `below` a bound.
+
+    Args:
+      pairs: the mesh has a second axis, `part`, of half of the devices.
+    """
 
     def values(rng: np.random.Generator) -> tuple[Any, ...]:
         def one(leaf: Any, value: Any) -> Any:
@@ -43,7 +47,9 @@ def _program(
         return jax.tree.map(one, tuple(args), drawn(rng, tuple(args)))
 
     def make(size: Size) -> Case:
-        return Case(fun, tuple(args), {"data": size.devices}, tuple(ins), outs, values=values)
+        two = {"data": 2, "part": size.devices // 2}
+        mesh = two if pairs else {"data": size.devices}
+        return Case(fun, tuple(args), mesh, tuple(ins), outs, values=values)
 
     return Program(name, text, make)
 
@@ -229,12 +235,45 @@ def policy(layers: Any, start: Any) -> Any:
     return _descend(loss, layers)
 
 
+# --- two axes, and dims made one -----------------------------------------------------------------
+
+
+def tokens(head: Any, features: Any, ids: Any) -> Any:
+    """The loss of a vocabulary of 1,024, of tokens without regard to where they come from."""
+
+    def loss(head: Any) -> Any:
+        logits = (features @ head).reshape(-1, head.shape[1])
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), ids.reshape(-1, 1), 1)
+        return -picked.mean()
+
+    return _descend(loss, head)
+
+
+def heads(x: Any) -> Any:
+    """Attention over examples and heads as one dim."""
+    batch, length, number, width = x.shape
+    h = x.transpose(0, 2, 1, 3).reshape(batch * number, length, width)
+    h = jax.nn.softmax(h @ h.swapaxes(1, 2)) @ h
+    return h.reshape(batch, number, length, width).transpose(0, 2, 1, 3)
+
+
+def windows(weights: Any, x: Any) -> Any:
+    """Attention inside of windows of 4 x 4 of images, as Swin transformers have it."""
+    batch, rows, columns, width = x.shape
+    h = x.reshape(batch, rows // 4, 4, columns // 4, 4, width).transpose(0, 1, 3, 2, 4, 5)
+    q, k, v = jnp.split(h.reshape(-1, 16, width) @ weights, 3, -1)
+    h = jax.nn.softmax(q @ k.swapaxes(1, 2) / width**0.5) @ v
+    h = h.reshape(batch, rows // 4, columns // 4, 4, 4, width)
+    return h.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape)
+
+
 GRID, LINE = array(512, 512), array(4096, 16)
 LAYERS = _network(WIDTH, 4 * WIDTH, 4 * WIDTH, WIDTH)
 TOWERS = [_network(WIDTH, 4 * WIDTH, WIDTH)] * 2
 BATCH = array(512, WIDTH)
 
 BOTH = (ROWS, ROWS)
+PARTS, HEADS = P("data", "part"), P("data", None, "part")
 
 PROGRAMS = (
     _program("wave", "a wave equation, rows of a grid", wave, (GRID, GRID), BOTH, BOTH),
@@ -261,4 +300,11 @@ PROGRAMS = (
              (_fsdp(LAYERS), *BOTH), _fsdp(LAYERS)),
     _program("policy", "reinforcement learning, FSDP", policy, (LAYERS, BATCH),
              (_fsdp(LAYERS), ROWS), _fsdp(LAYERS)),
+    _program("tokens", "a loss of flat tokens, batch and sequence sharded", tokens,
+             (array(WIDTH, 1024), array(16, 64, WIDTH), _ints(16, 64)), (P(), PARTS, PARTS), P(),
+             below=1024, pairs=True),
+    _program("heads", "examples and heads as one dim, both sharded", heads, (array(16, 64, 8, 16),),
+             (HEADS,), HEADS, pairs=True),
+    _program("windows", "windows of images, batch and rows sharded", windows,
+             (array(32, 96), array(16, 32, 16, 32)), (P(), PARTS), PARTS, pairs=True),
 )  # fmt: skip

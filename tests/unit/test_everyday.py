@@ -44,6 +44,20 @@ def test_columns_are_sorted_where_they_are_whole() -> None:
     assert sum(found.values()) < 1.1 * found["all_to_all"]
 
 
+@pytest.mark.parametrize("name", ["heads", "windows"])
+def test_dims_made_one_come_and_go_by_an_all_to_all(name: str) -> None:
+    case, found = sent(name)
+    assert found == {"all_to_all": 2 * size(case.args[-1]) / DEVICES * 3 / 4}
+
+
+def test_flat_tokens_are_those_of_features() -> None:
+    """Logits are 16 times as large: none is moved."""
+    case, found = sent("tokens")
+    head, features, ids = map(size, case.args)
+    assert found.pop("all_to_all") == (features + ids) / DEVICES * 3 / 4
+    assert found == {"all_reduce": 2 * head * 7 / 8}
+
+
 def test_series_stay_where_they_are() -> None:
     assert sent("autocorrelation")[1] == {}
 
