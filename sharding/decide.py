@@ -20,8 +20,12 @@ LEVELS = (
     "reduced factors, and minor dims of those that are made one",
     "broadcasts forward",
 )
-FURTHEST, REDUCE, JOINED, BROADCAST = 1, 3, 3, 4
+FURTHEST, REDUCE, JOINED, BROADCAST, KEPT = 1, 3, 3, 4, 4
 SCATTERED = "the shards would not be contiguous"
+# Elements of rows that are taken from others, from which on they keep their axes. What is made of
+# them is then done in parts, and gradients are reduced in every step of a loop: with 6 FLOPs and 8
+# bytes per row and parameter that pays from some thousand rows (tokens) on, of which each has more.
+WORTH_KEEPING = 1 << 16
 
 
 class State(NamedTuple):
@@ -177,6 +181,8 @@ class _Deciding:
             for t, d in self.rule.where[proposal.factor]:
                 if t != proposal.tensor and (proposal.factor, t) not in waiting:
                     self.push(proposal, t, d)
+        if self.level == KEPT and self.rule.keeps:
+            self.keep()
         return Decision(tuple(self.extensions), tuple(self.refusals), contested)
 
     def proposals(self) -> list[Proposal]:
@@ -196,6 +202,23 @@ class _Deciding:
                 elif old.axes != new.axes:
                     best[name] = self.stronger(old, new)
         return sorted(best.values(), key=rank) if len(best) > 1 else list(best.values())
+
+    def keep(self) -> None:
+        """Rows that are taken get the axes of those that they are taken from."""
+        for name, into in self.rule.keeps.items():
+            for t, _ in self.rule.where[name]:
+                axes = self.factors[t].get(name, ())
+                for r, d in self.rule.where[into] if axes else ():
+                    dims = self.dims[self.case.same[r]]
+                    used = tuple(a for each in dims for a in each) + self.states[r].reserved
+                    shape = self.case.shapes[r]
+                    free = not dims[d] and self.states[r].open[d] and prod(shape) >= WORTH_KEEPING
+                    even = shape[d] % axes_size(self.mesh, axes) == 0
+                    if r != t and free and even and not any(clashes(a, used) for a in axes):
+                        found = Proposal(name, Kind.PASS, axes, t, t >= len(self.rule.operands),
+                                         prod(self.case.shapes[t]))  # fmt: skip
+                        self.factors[r][into] = axes
+                        self.extend(found, r, d, axes)
 
     def stronger(self, old: Proposal, new: Proposal) -> Proposal:
         """The longer of two that agree; by policy where they do not."""
@@ -259,7 +282,7 @@ class _Deciding:
         more = extension(current, proposal.axes, self.mesh)
         if more is None:
             why = f"it is sharded over {'+'.join(current)}"
-        elif not more or self.elsewhere(proposal, t, more):
+        elif not more or self.elsewhere(proposal, t, more) or self.kept(proposal.factor, more):
             return
         elif not self.states[t].open[d]:
             why = "the dim is closed by an annotation"
@@ -315,6 +338,13 @@ class _Deciding:
         passes = all(self.rule.factors[name].kind is Kind.PASS for name in names)
         here, there = (expressible(self.rule, u, found, self.mesh) for u in (t, source))
         return names == theirs and passes and here and there
+
+    def kept(self, factor: str, more: Axes) -> bool:
+        """Whether rows that are taken have these axes from those that they are taken from: neither
+        these nor what says which ones are taken can have them there too."""
+        sources = [n for n, into in self.rule.keeps.items() if into == factor]
+        mine = [found.get(name, ())[: len(more)] for name in sources for found in self.factors]
+        return more in mine
 
     def elsewhere(self, proposal: Proposal, t: int, more: Axes) -> bool:
         """Whether a tensor has axes on a part of what is one dim on it, or where they come from."""

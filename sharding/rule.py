@@ -77,6 +77,8 @@ class Rule:
       elementary: result i is operand i whatever the others are: each keeps the layout it has.
       owned: factor -> (tensor, place): of all shards of the factor, only the one that holds `place`
         makes the result (others make zeros), or reads the operand. Results come after operands.
+      keeps: factor of rows that are taken from a tensor -> factor of those that were taken, which
+        keep the axes where nothing else shards them: what is made of them is not repeated.
       masked: whether re-binding needs the padding of uneven REDUCE factors masked (default).
       early: pointwise, reshape, transpose and data-flow edges, which propagate first.
       expands: the result is a larger copy of the operand: operands hear of results early, results
@@ -101,6 +103,7 @@ class Rule:
     divided: frozenset[str] = frozenset()
     spatial: frozenset[str] = frozenset()
     elementary: bool = False
+    keeps: Mapping[str, str] = field(default_factory=dict)
     owned: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     masked: bool = True
     early: bool = False
@@ -119,8 +122,9 @@ class Rule:
         """The declaration without its functions, one object for all that are equal, as those of
         repeated layers: what follows from it alone is worked out once."""
         owned, alone = tuple(self.owned.items()), tuple(self.alone.items())
+        keeps = tuple(self.keeps.items())
         return _canonical(
-            self.operands, self.results, tuple(self.factors.items()), self.linear, alone,
+            self.operands, self.results, tuple(self.factors.items()), self.linear, alone, keeps,
             self.divided, owned, self.elementary, self.early, self.expands, self.flops,
         )  # fmt: skip
 
@@ -173,11 +177,13 @@ class Rule:
 def _canonical(
     operands: tuple[Dims, ...], results: tuple[Dims, ...], factors: tuple[tuple[str, Factor], ...],
     linear: tuple[tuple[int, ...], ...], alone: tuple[tuple[str, frozenset[str]], ...],
-    divided: frozenset[str], owned: tuple[tuple[str, tuple[int, int]], ...],
+    keeps: tuple[tuple[str, str], ...], divided: frozenset[str],
+    owned: tuple[tuple[str, tuple[int, int]], ...],
     elementary: bool, early: bool, expands: bool, flops: int,
 ) -> Rule:  # fmt: skip
     return Rule(
-        operands, results, dict(factors), linear, alone=dict(alone), divided=divided,
+        operands, results, dict(factors), linear, alone=dict(alone), keeps=dict(keeps),
+        divided=divided,
         owned=dict(owned), elementary=elementary, early=early, expands=expands, flops=flops,
     )  # fmt: skip
 
@@ -344,7 +350,8 @@ def edge_rule(shape: tuple[int, ...], stacked: bool, shards: tuple[int, ...] = (
     inner = tuple((d,) if n != 1 else () for d, n in zip(dims, shape, strict=True))
     if stacked:
         factors["loop"] = Factor(0, Kind.FIXED)
-        return Rule((inner,), ((("loop",), *inner),), factors, early=True)
+        keeps = {"loop": inner[0][0]} if inner and inner[0] else {}
+        return Rule((inner,), ((("loop",), *inner),), factors, keeps=keeps, early=True)
     outer: list[tuple[str, ...]] = list(inner)
     for d, count in enumerate(shards):
         if count:

@@ -58,8 +58,10 @@ def _dynamic_slice(op: OpInfo) -> Rule:
             left.append(factors.dim(f"n{d}", n, Kind.REDUCE if monoid else Kind.FIXED, monoid))
             right.append(factors.dim(f"s{d}", m, Kind.FIXED))
     scalars = ((),) * (len(op.in_avals) - 1)
+    taken = [d for d, (n, m) in enumerate(zip(src, dst, strict=True)) if n != m and m > 1]
+    keeps = {f"n{d}": f"s{d}" for d in taken if src[d] > 1}
     return Rule(
-        (tuple(left), *scalars), (tuple(right),), factors,
+        (tuple(left), *scalars), (tuple(right),), factors, keeps=keeps,
         linear=((0,),), local=_local_dynamic_slice, always=True, flops=0,
     )  # fmt: skip
 
@@ -176,11 +178,15 @@ def _gather(op: OpInfo) -> Rule:
             windows.append(left[-1] if whole else factors.dim(f"s{d}", sizes[d], Kind.FIXED))
     vector = factors.dim("vector", indices.shape[-1], Kind.FIXED)
     fill = op.params["fill_value"]
+    reduced = [names[0] for names in left if names and factors[names[0]].kind is Kind.REDUCE]
+    first = next((names[0] for names in batch if names), None)
+    keeps = {reduced[0]: first} if len(reduced) == 1 and first else {}
     return Rule(
         (tuple(left), (*batch, vector)),
         (_with_batch(windows, numbers.offset_dims, batch),),
         factors,
         linear=((0,),) if fill is None or fill == 0 else (),
+        keeps=keeps,
         local=_local_gather,
         flops=0,
     )
