@@ -42,7 +42,8 @@ def measured(target: Target, name: str, limit: float | None) -> Result:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", default="v5p:2x2x4")
-    parser.add_argument("--only", action="append", help="name of a program; repeatable")
+    names = [each.name for each in programs()]
+    parser.add_argument("--only", action="append", choices=names, help="repeatable")
     parser.add_argument("--limit", type=float, action="append", help="GiB; repeatable")
     args = parser.parse_args(argv)
     target = Target(args.target)
@@ -51,9 +52,10 @@ def main(argv: list[str] | None = None) -> None:
     cases = [(n, x) for n in args.only or ["graph"] for x in (None, *(args.limit or [1.0]))]
     for name, limit in track(cases, "compiling", console=Console(stderr=True)):
         found = measured(target, name, limit)
-        row = ("-" if limit is None else f"{limit:g}", f"{found.peak_bytes / 1e9:.2f}",
-               f"{found.estimated_s * 1e3:.1f}", f"{found.wire_bytes / 1e6:,.0f}")  # fmt: skip
-        table.add_row(name, *row)
+        peak, step, wire = found.peak_bytes, found.estimated_s, found.wire_bytes
+        assert peak is not None and step is not None and wire is not None
+        told = "-" if limit is None else f"{limit:g}"
+        table.add_row(name, told, f"{peak / 1e9:.2f}", f"{step * 1e3:.1f}", f"{wire / 1e6:,.0f}")
     Console().print(table)
 
 

@@ -17,7 +17,7 @@ LEVELS = (
     "pointwise, reshape, transpose and data-flow edges",
     "passing factors, of each axis of the arguments along the dim that reaches furthest",
     "passing factors of every operation",
-    "reduced factors, and minor dims of those that are made one",
+    "reduced factors; minor dims where several are made one",
     "broadcasts forward",
 )
 FURTHEST, REDUCE, JOINED, BROADCAST, KEPT = 1, 3, 3, 4, 4
@@ -292,26 +292,26 @@ class _Deciding:
                 self.factors[t][proposal.factor] = current + taken
                 self.extend(proposal, t, d, taken)
             if why == SCATTERED and self.rule.tensors[t][d][0] in self.rule.alone:
-                left = more[len(taken) :]
-                if self.level < JOINED or all(self.joined(proposal, t, d, a) for a in left):
+                if self.level < JOINED or self.joined(proposal, t, d, more[len(taken) :]):
                     why = ""
         if why:
             self.refusals.append(Refusal(t, d, proposal, why))
 
-    def joined(self, proposal: Proposal, t: int, d: int, axis: str) -> bool:
-        """Extends a dim that is several dims of the proposing tensor in one by an axis of a minor
-        one of these, after those of the major ones. That tensor then has it on its major dims for
-        the operation, after an all-to-all; else it would be gathered, and what follows repeated.
+    def joined(self, proposal: Proposal, t: int, d: int, more: Axes) -> bool:
+        """Extends a dim that is several dims of an operand in one by axes of a minor one of these,
+        after those of the major ones. The operand then has them on its major dims for the
+        operation, after an all-to-all; else they would be gathered, and what follows repeated.
+
+        Not the other way round: an operand that is whole is cut in place.
         """
-        dims = self.dims[self.case.same[t]]
-        if clashes(axis, tuple(a for axes in dims for a in axes) + self.states[t].reserved):
+        dims, operands = self.dims[self.case.same[t]], len(self.rule.operands)
+        used = tuple(a for axes in dims for a in axes) + self.states[t].reserved
+        if proposal.tensor >= operands or t < operands or any(clashes(a, used) for a in more):
             return False
-        taken = self.divided(t, d, axis)
+        taken = self.divided(t, d, more[0]) if len(more) == 1 else more
         new = (*dims[:d], (*dims[d], *taken), *dims[d + 1 :])
         found = to_factors(self.rule, t, new, self.mesh)
-        if not self.both_have(proposal.tensor, t, d, found):
-            return False
-        if to_dims(self.rule, t, found, self.mesh) != new:
+        if not self.expressed(proposal.tensor, t, d, found, new):
             return False
         self.factors[t] = found
         self.extend(proposal, t, d, taken)
@@ -331,13 +331,18 @@ class _Deciding:
                 return parts[::-1] if parts else (axis,)
         return (axis,)
 
-    def both_have(self, source: int, t: int, d: int, found: dict[str, Axes]) -> bool:
-        """Whether the factors of a dim that are sharded are so on another tensor too."""
+    def expressed(
+        self, source: int, t: int, d: int, found: dict[str, Axes], new: tuple[Axes, ...]
+    ) -> bool:
+        """Whether axes of factors say all of the dims `new` of a tensor, and whether the tensor
+        `source` can have those of dim `d`, which merely pass, too."""
         names = set(found).intersection(self.rule.tensors[t][d])
+        passing = all(self.rule.factors[name].kind is Kind.PASS for name in names)
         theirs = {name for name in names if any(u == source for u, _ in self.rule.where[name])}
-        passes = all(self.rule.factors[name].kind is Kind.PASS for name in names)
-        here, there = (expressible(self.rule, u, found, self.mesh) for u in (t, source))
-        return names == theirs and passes and here and there
+        return (
+            passing and names == theirs and to_dims(self.rule, t, found, self.mesh) == new
+            and expressible(self.rule, source, found, self.mesh)
+        )  # fmt: skip
 
     def kept(self, factor: str, more: Axes) -> bool:
         """Whether rows that are taken have these axes from those that they are taken from: neither

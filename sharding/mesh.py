@@ -6,7 +6,7 @@ sub-axis `(m)k` of an axis of size n is the middle dimension when the axis is re
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import gcd, prod
@@ -153,9 +153,18 @@ def axis_size(mesh: MeshShape, ref: str) -> int:
         if axis == ref:
             return full
         # A part of an axis, or of what is a part itself there.
-        if size is not None and split_ref(axis)[0] == name and overlap(axis, ref):
+        if size is not None and _contains(axis, ref):
             return size
     raise KeyError(ref)
+
+
+def _contains(axis: str, part: str) -> bool:
+    """Whether a part of an axis is one of `axis`, which may be a part itself."""
+    name, pre, size = split_ref(axis)
+    part_name, part_pre, part_size = split_ref(part)
+    if name != part_name or part_size is None:
+        return False
+    return size is None or (pre <= part_pre and part_pre * part_size <= pre * size)
 
 
 @lru_cache(maxsize=65536)
@@ -239,14 +248,24 @@ def refine(mesh: MeshShape, refs: set[str]) -> MeshShape:
             cuts[name] |= {pre, pre * size}
     axes: list[tuple[str, int]] = []
     for name, full in mesh.axes:
-        points = sorted(cuts[name] - {1, full})
-        if not points or any(b % a for a, b in zip([1, *points], [*points, full], strict=True)):
+        points = _nested(sorted(cuts[name] - {1, full}), full)
+        if not points:
             axes.append((name, full))
             continue
         for low, high in zip([1, *points], [*points, full], strict=True):
             axes.append((f"{name}:({low}){high // low}", high // low))
     across = [(name, mesh.nodes_along(name)) for name, _ in axes]
     return MeshShape(tuple(axes), across=tuple((name, n) for name, n in across if n > 1))
+
+
+def _nested(points: Sequence[int], full: int) -> list[int]:
+    """Of the places where an axis is cut those that are multiples of the ones before: 2 and 3 of
+    an axis of 6 are no parts of one another."""
+    found = [1]
+    for point in points:
+        if point % found[-1] == 0 and full % point == 0:
+            found.append(point)
+    return found[1:]
 
 
 @lru_cache(maxsize=65536)
@@ -259,12 +278,15 @@ def refine_refs(mesh: MeshShape, refined: MeshShape, refs: tuple[str, ...]) -> t
             result.append(ref)
             continue
         name, pre, size = split_ref(ref)
-        end = pre * (size if size is not None else axis_size(mesh, ref))
+        count = size if size is not None else axis_size(mesh, ref)
+        parts, made = [], 1
         for candidate in names:
             cand_name, cand_pre, cand_size = split_ref(candidate)
             if cand_name == name and cand_size is not None:
-                if pre <= cand_pre and cand_pre * cand_size <= end:
-                    result.append(candidate)
+                if pre <= cand_pre and cand_pre * cand_size <= pre * count:
+                    parts.append(candidate)
+                    made *= cand_size
+        result += parts if made == count else ()  # or it is no product of whole axes there
     return tuple(result)
 
 

@@ -12,8 +12,9 @@ from typing import Any
 from jax.experimental.layout import Format
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sharding._jax import jit as _jit
 from sharding.mesh import MeshShape, axes_size
-from sharding.program import Value, value_bytes
+from sharding.program import Program, Value, value_bytes
 from sharding.spec import Layout, Sharding
 from spmd.partition.plan import Diagnostic
 
@@ -100,12 +101,18 @@ def refined_jax_mesh(mesh: Any, refined: MeshShape) -> Any:
     return Mesh(mesh.devices.reshape(sizes), refined.names, axis_types=automatic)
 
 
-def mapped_mesh(mesh: Any, given: Any) -> Any:
-    """The mesh of the `shard_map` over `mesh`, which may be a refined one of the user's: then its
-    names alone. Beside kernels that ask for devices when they are lowered, such as cuDNN's, JAX
-    takes no second mesh of devices than the one that arguments and results are on."""
+def mapped_mesh(mesh: Any, given: Any, program: Program) -> Any:
+    """The mesh of the `shard_map` over `mesh`, which may be a refined one of the user's.
+
+    Its names alone, where kernels ask for devices when they are lowered, such as cuDNN's: beside
+    them JAX takes no mesh of devices but that of the arguments and results. Without such kernels
+    it is the mesh with its devices, since names alone mean those of a mesh that the user has set.
+    """
     refined = tuple(mesh.axis_names) != tuple(given.axis_names)
-    return mesh.abstract_mesh if refined and not isinstance(mesh, AbstractMesh) else mesh
+    if not refined or isinstance(mesh, AbstractMesh):
+        return mesh
+    asks = any(_jit.asks_for_devices(op.primitive) for op in program.ops())
+    return mesh.abstract_mesh if asks else mesh
 
 
 def _shortened(

@@ -274,7 +274,8 @@ class Partitioned(Inspection):
         """A traceable function of flat *global* arrays: the per-device program in shard_map."""
         ins = tuple(boundary.partition_spec(layout) for layout in self.plan.body.inputs)
         outs = tuple(boundary.partition_spec(key.layout) for key in self.plan.body.outputs)
-        body, mesh = per_device(self.plan), boundary.mapped_mesh(self.mesh, self.options.mesh)
+        mesh = boundary.mapped_mesh(self.mesh, self.options.mesh, self.plan.program)
+        body = per_device(self.plan)
         mapped = jax.shard_map(body, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
 
         weak = list(map(_weak, self.plan.program.body.outputs))

@@ -110,8 +110,9 @@ def explained(options: Options) -> Iterator[None]:
         yield
     except Exception as error:
         given, told = dict(options.compiler_options), _told(options).items()
-        pairs = [(off, name) for off, found in told for name in found if name in str(error)]
-        if not pairs or pairs[0][1] in given:
+        names = [(off, name) for off, found in told for name in found if name not in given]
+        pairs = [(off, name) for off, name in names if name in str(error)]
+        if not pairs:
             raise
         off, name = pairs[0]
         why = f"this compiler does not take the option {name}: {str(error).splitlines()[0]}"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax._src import api_util, config, core, traceback_util, tree_util, util
+from jax._src import api_util, config, core, dispatch, traceback_util, tree_util, util
 from jax._src import mesh as _mesh
 from jax._src import pjit as _pjit
 from jax._src import profiler as _profiler
@@ -79,6 +79,11 @@ def profiled(profiler: Any, run: Callable[[], Any]) -> Any:
     """What `run` returns; it is watched to its end."""
     with _profiler.PGLEProfiler.trace(profiler):
         return jax.block_until_ready(run())
+
+
+def asks_for_devices(primitive: Any) -> bool:
+    """Whether lowering a primitive needs to know the devices, as that of cuDNN's kernels does."""
+    return primitive in dispatch.prim_requires_devices_during_lowering
 
 
 def restructured(compiled: Any, consts: Sequence[Any], args_info: Any, out_tree: Any) -> Any:

@@ -12,7 +12,7 @@ from itertools import pairwise, product
 from math import prod
 from typing import NamedTuple
 
-from sharding.mesh import MeshShape, axes_size, axis_size
+from sharding.mesh import MeshShape, axes_size, axis_size, overlap
 from sharding.project import to_dims, to_factors
 from sharding.rule import Kind, Rule
 from sharding.spec import Layout
@@ -141,13 +141,20 @@ def _all_candidates(
         found = False
         for combo in product(*options.choices(pruned)):
             assignment = _assemble(rule, axes, combo, options.order)
-            carries = can_carry(rule, assignment.carried, operands, mixed)
+            carries = can_carry(rule, assignment.carried, operands, mixed) and _apart(assignment)
             if carries and legal(rule, assignment.axes, mesh):
                 found = True
                 yield from (assignment, *options.swapped(assignment))
         if found:
             break  # else what the result wants cannot be had all at once: a part of it
     yield Assignment(())
+
+
+def _apart(assignment: Assignment) -> bool:
+    """Whether no axis is used beside a part of itself: a layout at hand may be split further."""
+    axes = [a for _, found in assignment.factors for a in found] + list(assignment.carried)
+    parts = [a for a in axes if ":" in a]
+    return not any(a != part and overlap(a, part) for part in parts for a in axes)
 
 
 class _Options:
@@ -196,7 +203,11 @@ class _Options:
                 yield assignment._replace(factors=factors)
 
     def choices(self, pruned: bool) -> list[list[str]]:
-        """Per axis the factors to try, not too many in all."""
+        """Per axis the factors to try, not too many in all.
+
+        Args:
+          pruned: without leaving an axis out, where that can only cost.
+        """
         wanted = self.wanted if pruned else set()
         found = [_prune(axis, list(names), wanted) for axis, names in self.factors.items()]
         if prod(map(len, found)) > _MAX_CANDIDATES:

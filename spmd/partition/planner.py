@@ -60,6 +60,7 @@ def make_plan(
         if not more:
             found = ProgramPlan(propagated.program, mesh, body, tuple(planner.diagnostics))
             return late_broadcasts(found) if planner.on("late_broadcasts") else found
+        assert not more <= refs, f"parts of axes that are no parts of one another: {sorted(more)}"
         refs |= more
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import spmd
 from sharding import P, shard
 from tests.oracle import check, kinds, make_mesh
 
@@ -76,6 +77,10 @@ def test_what_the_other_side_cannot_hold_is_left_alone() -> None:
         lambda x: jnp.tanh(jnp.sin(x).reshape(10, 8)).sum(0), (x,), make_mesh(x=8), None, P("x")
     )
     assert not planned.collectives
+    there = spmd.jit(
+        lambda x: x.reshape(5, 16), mesh=make_mesh(x=8), in_shardings=P(None, "x")
+    ).trace(draw(10, 8)).propagate()  # fmt: skip
+    assert there.out_shardings.spec == P()
 
 
 @pytest.mark.parametrize("shape, dim", [
@@ -89,6 +94,32 @@ def test_parts_of_an_axis_that_are_divided_again(shape: tuple[int, ...], dim: in
         make_mesh(x=8), (P(*(None,) * dim, "x"),),
     )  # fmt: skip
     assert planned.wire_bytes < x.nbytes * 7 / 8 / 2
+
+
+def test_what_is_whole_is_cut_in_place() -> None:
+    """An argument that nobody placed is not sharded for what is made of it."""
+    planned = check(
+        lambda x: x.reshape(4, 8), (draw(32),), make_mesh(x=2, y=4), None, P(None, "y")
+    )
+    assert not planned.collectives
+
+
+@pytest.mark.parametrize("fun, shape, place", [
+    (lambda x: (jnp.tanh(x.reshape(36)), jnp.tanh(x.reshape(3, 2, 6))), (6, 6), P(None, "x")),
+    (lambda x: x.reshape(6, 2, 3).reshape(6, 6).reshape(36).reshape(3, 12), (6, 6), P(None, "x")),
+    (lambda x: (jnp.tanh(x.reshape(2, 3)), jnp.tanh(x.reshape(3, 2))), (6,), P("x")),
+])  # fmt: skip
+def test_parts_that_are_no_parts_of_one_another(
+    fun: Callable[[Any], Any], shape: tuple[int, ...], place: Any
+) -> None:
+    """Six shards as two times three, and as three times two."""
+    check(fun, (draw(*shape),), make_mesh(x=6), (place,))
+
+
+def test_parts_of_an_axis_of_a_mesh_that_is_set() -> None:
+    x, mesh = draw(8, 3), make_mesh(x=8)
+    with jax.set_mesh(mesh):
+        check(lambda x: jnp.tanh(x.reshape(2, 4, 3)), (x,), mesh, (P("x"),))
 
 
 def test_heads_beside_the_batch() -> None:
