@@ -334,15 +334,12 @@ class _Deciding:
     def expressed(
         self, source: int, t: int, d: int, found: dict[str, Axes], new: tuple[Axes, ...]
     ) -> bool:
-        """Whether axes of factors say all of the dims `new` of a tensor, and whether the tensor
-        `source` can have those of dim `d`, which merely pass, too."""
+        """Whether axes of factors say all of the dims `new` of a tensor, those of dim `d` by factors
+        that pass to the tensor `source` too."""
         names = set(found).intersection(self.rule.tensors[t][d])
         passing = all(self.rule.factors[name].kind is Kind.PASS for name in names)
         theirs = {name for name in names if any(u == source for u, _ in self.rule.where[name])}
-        return (
-            passing and names == theirs and to_dims(self.rule, t, found, self.mesh) == new
-            and expressible(self.rule, source, found, self.mesh)
-        )  # fmt: skip
+        return passing and names == theirs and to_dims(self.rule, t, found, self.mesh) == new
 
     def kept(self, factor: str, more: Axes) -> bool:
         """Whether rows that are taken have these axes from those that they are taken from: neither
