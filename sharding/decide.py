@@ -334,7 +334,7 @@ class _Deciding:
     def expressed(
         self, source: int, t: int, d: int, found: dict[str, Axes], new: tuple[Axes, ...]
     ) -> bool:
-        """Whether axes of factors say all of the dims `new` of a tensor, those of dim `d` by factors
+        """Whether axes of factors say all of the dims `new` of a tensor, those of `d` by factors
         that pass to the tensor `source` too."""
         names = set(found).intersection(self.rule.tensors[t][d])
         passing = all(self.rule.factors[name].kind is Kind.PASS for name in names)
