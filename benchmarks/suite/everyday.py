@@ -235,6 +235,25 @@ def policy(layers: Any, start: Any) -> Any:
     return _descend(loss, layers)
 
 
+def minibatches(layers: Any, x: Any, y: Any) -> Any:
+    """One epoch inside of the step: eight minibatches of a dataset, in order."""
+
+    def step(layers: Any, pair: Any) -> Any:
+        return _descend(lambda p: jnp.mean((_apply(p, pair[0]) - pair[1]) ** 2), layers), None
+
+    return lax.scan(step, layers, tuple(v.reshape(8, -1, WIDTH) for v in (x, y)))[0]
+
+
+def shuffled(layers: Any, x: Any, y: Any) -> Any:
+    """The same, its rows drawn anew."""
+
+    def step(layers: Any, rows: Any) -> Any:
+        return _descend(lambda p: jnp.mean((_apply(p, x[rows]) - y[rows]) ** 2), layers), None
+
+    order = jax.random.permutation(jax.random.key(0), len(x)).reshape(8, -1)
+    return lax.scan(step, layers, order)[0]
+
+
 # --- two axes, and dims made one -----------------------------------------------------------------
 
 
@@ -270,7 +289,8 @@ def windows(weights: Any, x: Any) -> Any:
 GRID, LINE = array(512, 512), array(4096, 16)
 LAYERS = _network(WIDTH, 4 * WIDTH, 4 * WIDTH, WIDTH)
 TOWERS = [_network(WIDTH, 4 * WIDTH, WIDTH)] * 2
-BATCH = array(512, WIDTH)
+BATCH, DATASET = array(512, WIDTH), array(32768, WIDTH)
+SMALL = _network(WIDTH, WIDTH, WIDTH)
 
 BOTH = (ROWS, ROWS)
 PARTS, HEADS = P("data", "part"), P("data", None, "part")
@@ -300,6 +320,10 @@ PROGRAMS = (
              (_fsdp(LAYERS), *BOTH), _fsdp(LAYERS)),
     _program("policy", "reinforcement learning, FSDP", policy, (LAYERS, BATCH),
              (_fsdp(LAYERS), ROWS), _fsdp(LAYERS)),
+    _program("minibatches", "of a dataset on the devices, in order", minibatches,
+             (SMALL, DATASET, DATASET), (everywhere(SMALL), *BOTH), everywhere(SMALL)),
+    _program("shuffled", "the same, drawn anew", shuffled, (SMALL, DATASET, DATASET),
+             (everywhere(SMALL), *BOTH), everywhere(SMALL)),
     _program("tokens", "a loss of flat tokens, batch and sequence sharded", tokens,
              (array(WIDTH, 1024), array(16, 64, WIDTH), _ints(16, 64)), (P(), PARTS, PARTS), P(),
              below=1024, pairs=True),

@@ -50,6 +50,17 @@ def test_dims_made_one_come_and_go_by_an_all_to_all(name: str) -> None:
     assert found == {"all_to_all": 2 * size(case.args[-1]) / DEVICES * 3 / 4}
 
 
+def test_minibatches_are_worked_on_in_parts() -> None:
+    """Each row moves once, and in every step the gradients are reduced."""
+    case, found = sent("minibatches")
+    rows, gradients = size(case.args[1:]), 8 * 2 * size(case.args[0]) * 7 / 8
+    assert found.pop("all_to_all") == rows / DEVICES * 7 / 8
+    assert found == {"all_reduce": pytest.approx(gradients, rel=1e-3)}
+    _, found = sent("shuffled")
+    assert found.pop("reduce_scatter") == rows * 7 / 8
+    assert found == {"all_reduce": pytest.approx(gradients, rel=1e-3)}
+
+
 def test_flat_tokens_are_those_of_features() -> None:
     """Logits are 16 times as large: none is moved."""
     case, found = sent("tokens")
