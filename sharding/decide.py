@@ -344,6 +344,8 @@ class _Deciding:
     def kept(self, factor: str, more: Axes) -> bool:
         """Whether rows that are taken have these axes from those that they are taken from: neither
         these nor what says which ones are taken can have them there too."""
+        if self.level < KEPT:
+            return False
         sources = [n for n, into in self.rule.keeps.items() if into == factor]
         mine = [found.get(name, ())[: len(more)] for name in sources for found in self.factors]
         return more in mine
