@@ -210,8 +210,7 @@ class _Deciding:
                 axes = self.factors[t].get(name, ())
                 for r, d in self.rule.where[into] if axes else ():
                     dims = self.dims[self.case.same[r]]
-                    used = tuple(a for each in dims for a in each) + self.states[r].reserved
-                    shape = self.case.shapes[r]
+                    used, shape = self.used(r), self.case.shapes[r]
                     free = not dims[d] and self.states[r].open[d] and prod(shape) >= WORTH_KEEPING
                     even = shape[d] % axes_size(self.mesh, axes) == 0
                     if r != t and free and even and not any(clashes(a, used) for a in axes):
@@ -305,7 +304,7 @@ class _Deciding:
         Not the other way round: an operand that is whole is cut in place.
         """
         dims, operands = self.dims[self.case.same[t]], len(self.rule.operands)
-        used = tuple(a for axes in dims for a in axes) + self.states[t].reserved
+        used = self.used(t)
         if proposal.tensor >= operands or t < operands or any(clashes(a, used) for a in more):
             return False
         taken = self.divided(t, d, more[0]) if len(more) == 1 else more
@@ -370,8 +369,7 @@ class _Deciding:
         self, proposal: Proposal, t: int, current: Axes, more: Axes
     ) -> tuple[Axes, str]:
         """The prefix of `more` that the tensor can take, and why not the rest."""
-        dims = self.dims[self.case.same[t]]
-        used = tuple(a for axes in dims for a in axes) + self.states[t].reserved
+        used = self.used(t)
         size = self.limit(proposal.factor, t)
         factors = self.factors[t]
         taken: Axes = ()
@@ -385,6 +383,11 @@ class _Deciding:
                 return taken, SCATTERED
             taken += (axis,)
         return taken, ""
+
+    def used(self, t: int) -> Axes:
+        """Axes that a tensor has on its dims, or that annotations keep."""
+        dims = self.dims[self.case.same[t]]
+        return tuple(a for axes in dims for a in axes) + self.states[t].reserved
 
     def limit(self, factor: str, t: int) -> int:
         """The most shards that a tensor takes along a factor."""

@@ -9,6 +9,7 @@ is told here what is wanted.
 from typing import Any
 
 from sharding.op import Op, Value
+from spmd.partition.linear import only_reader
 
 
 def follow_flattened(planner: Any) -> None:
@@ -40,4 +41,4 @@ def _free(planner: Any, value: Value) -> bool:
     made = value.op
     if made is None or made.control is not None or made.rule.annotation is not None:
         return False
-    return planner.uses[value.id] == 1 and len(planner.propagated.program.readers[value.id]) == 1
+    return only_reader(planner.propagated.program, value) is not None
