@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import spmd
-from sharding import P, shard
+from sharding import MeshShape, P, shard
+from sharding.mesh import refine, refine_refs
 from tests.oracle import check, kinds, make_mesh
 
 BATCH, LENGTH, WIDTH = 8, 16, 32
@@ -114,6 +115,24 @@ def test_parts_that_are_no_parts_of_one_another(
 ) -> None:
     """Six shards as two times three, and as three times two."""
     check(fun, (draw(*shape),), make_mesh(x=6), (place,))
+
+
+def test_an_axis_that_does_not_divide_the_dims_is_refused() -> None:
+    """Eight shards of three rows of eight: the major dim takes none of them."""
+    found = spmd.jit(
+        lambda x: x.reshape(24), mesh=make_mesh(x=8), in_shardings=P(None, "x")
+    ).trace(draw(3, 8)).propagate()  # fmt: skip
+    assert found.out_shardings.spec == P()
+    reasons = {rejection.reason for rejection in found.result.rejections}
+    assert reasons == {"the shards would not be contiguous"}
+
+
+def test_parts_that_are_no_products_of_parts_are_left_out() -> None:
+    mesh = MeshShape((("x", 6),))
+    refined = refine(mesh, {"x:(1)2", "x:(2)3", "x:(1)3", "x:(3)2"})
+    assert refined.axes == (("x:(1)2", 2), ("x:(2)3", 3))
+    assert refine_refs(mesh, refined, ("x",)) == ("x:(1)2", "x:(2)3")
+    assert refine_refs(mesh, refined, ("x:(1)3",)) == ()
 
 
 def test_parts_of_an_axis_of_a_mesh_that_is_set() -> None:

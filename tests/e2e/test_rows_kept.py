@@ -91,6 +91,13 @@ def test_rows_that_are_sharded_otherwise_stay_so() -> None:
     assert {kind for kind, _ in kinds(planned)} == {"all_reduce"}
 
 
+def test_rows_that_do_not_divide_are_had_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Minibatches of three, on eight devices."""
+    monkeypatch.setattr(decide, "WORTH_KEEPING", 1)
+    planned = check(in_order, (W, X[:24]), make_mesh(data=8), PLACES, P())
+    assert kinds(planned) == {("all_gather", ("data",)): (1, X[:24].nbytes * 7 / 8)}
+
+
 @pytest.mark.parametrize("fun", [in_order, by_number, drawn])
 @pytest.mark.parametrize("rows", [8, 24, 40, 64, 72])
 def test_values(fun: Callable[..., Any], rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
