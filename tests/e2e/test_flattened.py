@@ -125,6 +125,7 @@ def test_an_axis_that_does_not_divide_the_dims_is_refused() -> None:
     assert found.out_shardings.spec == P()
     reasons = {rejection.reason for rejection in found.result.rejections}
     assert reasons == {"the shards would not be contiguous"}
+    assert all(event.link < 0 for event in found.result.events)  # the annotation alone
 
 
 def test_parts_that_are_no_products_of_parts_are_left_out() -> None:
