@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from sharding.collector import uncollected
 from sharding.decide import FURTHEST, LEVELS, Case, Decider, State
 from sharding.errors import SpecError
 from sharding.mesh import MeshShape
@@ -76,7 +77,8 @@ def propagate(
     problems = [p for v, s in annotations for p in check_axes(s, mesh, str(v))]
     if problems:
         raise SpecError(*problems)
-    return _Propagation(program, mesh, annotations).run()
+    with uncollected():
+        return _Propagation(program, mesh, annotations).run()
 
 
 def make_links(program: Program) -> list[Link]:

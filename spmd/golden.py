@@ -1,19 +1,17 @@
 """Partitioned programs as golden files: text without source lines, and its difference with them."""
 
 import difflib
-import inspect
 import os
 import pathlib
 import re
 from typing import Any
 
 from sharding.errors import Problem
+from spmd.caller import caller
 
 # `  # model.py:12 (loss)` at the end of a line, and `at model.py:12 (loss)` inside of one.
 _COMMENT = re.compile(r"  # .*$")
 _SOURCE = re.compile(r"(?:\bat )?\S+\.py:\d+ \([^)]*\)")
-
-_PACKAGE = os.path.dirname(__file__)
 
 # Set by the pytest plugin from its option; None: by the environment.
 update_by_default: bool | None = None
@@ -72,7 +70,5 @@ def _updating() -> bool:
 
 
 def _calling_folder() -> pathlib.Path:
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        frame = frame.f_back
+    frame, _ = caller()
     return pathlib.Path(frame.f_code.co_filename).parent if frame else pathlib.Path.cwd()

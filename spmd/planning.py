@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from sharding.collector import uncollected
 from sharding.propagation import Propagated
 from sharding.spec import Layout
 from spmd.estimate import liveness
@@ -38,14 +39,15 @@ def make_suited_plan(
     def peak(plan: ProgramPlan) -> int:
         return peak_bytes(plan, donated, options)
 
-    plan, limit = planned(), options.memory_limit
-    if limit is None:
-        return plan
-    if peak(plan) > limit:
-        others = [planned(without=without) for without in _FOR_MEMORY]
-        fitting = [other for other in others if peak(other) <= limit]
-        return min(fitting, key=sent) if fitting else min([plan, *others], key=peak)
-    return save_gathers(plan, planned, peak, limit) if options.on("saved_gathers") else plan
+    with uncollected():
+        plan, limit = planned(), options.memory_limit
+        if limit is None:
+            return plan
+        if peak(plan) > limit:
+            others = [planned(without=without) for without in _FOR_MEMORY]
+            fitting = [other for other in others if peak(other) <= limit]
+            return min(fitting, key=sent) if fitting else min([plan, *others], key=peak)
+        return save_gathers(plan, planned, peak, limit) if options.on("saved_gathers") else plan
 
 
 def peak_bytes(plan: ProgramPlan, donated: Sequence[bool], options: Options) -> int:

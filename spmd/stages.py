@@ -3,8 +3,6 @@
 Frozen objects in the manner of `jax.stages`: each prints, and each makes the next.
 """
 
-import inspect
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,12 +14,14 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 import sharding.propagation
 from sharding._jax import jit as _jit
+from sharding.collector import uncollected
 from sharding.errors import ShardingWarning
 from sharding.program import Program, Value, render
 from sharding.spec import Layout, Sharding
 from spmd import boundary, collectives, cost
 from spmd.annotations import Annotated
 from spmd.arguments import Arguments, output_names
+from spmd.caller import caller
 from spmd.collectives import Collective
 from spmd.compiled import Lowered
 from spmd.devices import automatic, under
@@ -330,10 +330,11 @@ class Partitioned(Inspection):
     def lower(self, **how: Any) -> Lowered:
         """Lowers the per-device program to StableHLO for the devices of the mesh; with the options
         of `jax.stages.Traced.lower`."""
-        traced = jax.jit(self.sharded, **self.jit_options()).trace(*self._avals)
         names = [str(value) for value in self.plan.program.body.inputs]
-        _jit.name_arguments(traced, names, output_names(self.propagated.traced.out_tree))
-        return Lowered(self, traced.lower(**how))
+        with uncollected():
+            traced = jax.jit(self.sharded, **self.jit_options()).trace(*self._avals)
+            _jit.name_arguments(traced, names, output_names(self.propagated.traced.out_tree))
+            return Lowered(self, traced.lower(**how))
 
     def jit_options(self) -> dict[str, Any]:
         """Arguments of `jax.jit` for the partitioned function of flat arguments."""
@@ -361,8 +362,9 @@ class Partitioned(Inspection):
         """Says, at the first use, which annotated dims do not divide, and what is too large."""
         annotated = {str(v) for v, s in self.propagated.traced.annotations}
         shortened = (*self.propagated._inputs[1], *self.propagated._outputs[1])
+        _, level = caller()
         for diagnostic in (*(d for d in shortened if d.value in annotated), *self._over_limit):
-            warnings.warn(str(diagnostic), ShardingWarning, stacklevel=_stacklevel())
+            warnings.warn(str(diagnostic), ShardingWarning, stacklevel=level)
 
     def __str__(self) -> str:
         lines = [str(self.plan), "collectives"]
@@ -389,12 +391,3 @@ def _free_memory(entry: Any) -> bool:
 
 def _memory(entry: Any) -> str | None:
     return _jit.special_memory(sharding_of(entry))
-
-
-def _stacklevel() -> int:
-    """Of the first frame outside of this package, seen from the caller."""
-    package = os.path.dirname(__file__)
-    frame, level = inspect.currentframe(), 0
-    while frame is not None and frame.f_code.co_filename.startswith(package):
-        frame, level = frame.f_back, level + 1
-    return level

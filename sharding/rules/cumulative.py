@@ -8,6 +8,7 @@ from jax import lax
 
 from sharding import _jax
 from sharding.monoid import identity
+from sharding.parts import cut, plus
 from sharding.rule import Factor, Local, OpInfo, Rule, names, register
 
 p = _jax.primitives
@@ -59,9 +60,8 @@ def _local_cumulative(ctx: Local, op: OpInfo, x: Any) -> Sequence[Any]:
     total = lax.slice_in_dim(within, last, last + 1, axis=axis)
     totals = ctx.all_gather(total, ctx.axes(factor), axis)
     (totals,) = ctx.bind(totals)
-    me = ctx.index(ctx.axes(factor))
-    before = me + 1 if reverse else me - 1
-    prefix = lax.dynamic_slice_in_dim(totals, before, 1, axis)
+    before = plus(ctx.index(ctx.axes(factor)), 1 if reverse else -1)
+    prefix = cut(totals, before, 1, axis)
     prefix = jnp.broadcast_to(prefix, within.shape)
     combined = _COMBINE[op.primitive](prefix, within)
     return [jnp.where((before < 0) | (before == totals.shape[axis]), within, combined)]

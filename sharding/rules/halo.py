@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from sharding import parts
 from sharding.rule import Factor, Kind, Local, OpInfo
 
 
@@ -102,7 +103,7 @@ class Part(NamedTuple):
         low = max(self.leads)
         gaps = [(low, self._tail, self.base - 1) if i == d else (0, 0, 0) for i in range(x.ndim)]
         begin = pick(ctx, axes, [low - lead for lead in self.leads])
-        return lax.dynamic_slice_in_dim(lax.pad(x, fill, gaps), begin, self.span, d)
+        return parts.cut(lax.pad(x, fill, gaps), begin, self.span, d)
 
 
 def part(firsts: Sequence[int], span: int, base: int) -> Part:
@@ -115,9 +116,7 @@ def part(firsts: Sequence[int], span: int, base: int) -> Part:
 
 def pick(ctx: Local, axes: tuple[str, ...], table: Sequence[int]) -> Any:
     """This shard's entry."""
-    if len(set(table)) == 1:
-        return jnp.int32(table[0])
-    return jnp.asarray(table, jnp.int32)[ctx.index(axes)]
+    return parts.pick(table, ctx.index(axes))
 
 
 class Factors(dict[str, Factor]):

@@ -9,9 +9,11 @@ from itertools import accumulate
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from sharding import _jax
+from sharding.parts import cut, pick, where
 from sharding.rule import (
     Factor,
     Kind,
@@ -97,8 +99,8 @@ def _local_slice(ctx: Local, op: OpInfo, x: Any) -> Sequence[Any]:
 
 def _only_owner(ctx: Local, x: Any, d: int, place: int) -> Any:
     """Zeros on every shard but the one that holds global `place` along `d`."""
-    mine = ctx.index(ctx.axes(f"d{d}")) == place // x.shape[d]
-    return jnp.where(mine, x, jnp.zeros((), x.dtype))
+    mine = lax.eq(ctx.index(ctx.axes(f"d{d}")), np.int32(place // x.shape[d]))
+    return where(lax.broadcast(mine, x.shape), x, 0)
 
 
 @register(p.rev_p)
@@ -144,7 +146,7 @@ def _local_pad(ctx: Local, op: OpInfo, x: Any, value: Any) -> Sequence[Any]:
         starts = [-((low - i * size) // step) for i in range(shards)]
         width = -(-size // step)
         if x.shape[d] == 1 == op.in_avals[0].shape[d]:  # whole on every device
-            at = jnp.asarray(starts, jnp.int32)[ctx.index(axes)]
+            at = pick(starts, ctx.index(axes))
             at = at + lax.broadcasted_iota(jnp.int32, _resized(x, d, width), d)
             x = jnp.where(at == 0, x, value)
         else:
@@ -174,8 +176,8 @@ def _spread(
     x = lax.pad(x, value, widths)
     if same:
         return x
-    start = step - 1 - jnp.asarray(lead, jnp.int32)[ctx.index(axes)]
-    return lax.dynamic_slice_in_dim(x, start, size, d)
+    start = pick([step - 1 - n for n in lead], ctx.index(axes))
+    return cut(x, start, size, d)
 
 
 @register(p.concatenate_p)

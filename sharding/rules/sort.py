@@ -11,6 +11,7 @@ from jax import lax
 
 from sharding import _jax
 from sharding.monoid import identity
+from sharding.parts import cut
 from sharding.rule import Factor, Gathered, Kind, Local, OpInfo, Rule, names, register
 
 p = _jax.primitives
@@ -104,7 +105,7 @@ def _own(ctx: Local, x: Any, axis: int, factor: str) -> Any:
     missing = block * ctx.shards(factor) - x.shape[axis]
     widths = [(0, missing if d == axis else 0, 0) for d in range(x.ndim)]
     x = lax.pad(x, jnp.zeros((), x.dtype), widths)
-    return lax.dynamic_slice_in_dim(x, ctx.offset(factor), block, axis)
+    return cut(x, ctx.offset(factor), block, axis)
 
 
 @lru_cache

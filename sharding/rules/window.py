@@ -14,6 +14,7 @@ from jax import lax
 
 from sharding import _jax
 from sharding.monoid import identity
+from sharding.parts import cut
 from sharding.rule import Dims, Factor, Kind, Local, OpInfo, Rule, RuleFn, register
 from sharding.rules.halo import Factors, Window, pick, windows_of
 from sharding.rules.scalars import scalar_function
@@ -261,7 +262,7 @@ class _Touched(NamedTuple):
         high = max(0, max(self.places) + self.size - self.width)
         x = lax.pad(x, init, [(low, high, 0) if i == d else (0, 0, 0) for i in range(x.ndim)])
         begin = pick(ctx, axes, [place + low for place in self.places])
-        return lax.dynamic_slice_in_dim(x, begin, self.size, d)
+        return cut(x, begin, self.size, d)
 
 
 def _touched(w: Window, shards: int, size: int) -> _Touched:

@@ -12,6 +12,7 @@ from jax import lax
 
 from sharding.mesh import MeshShape, axes_size, axis_size
 from sharding.monoid import owner
+from sharding.parts import cut, times, written
 from sharding.spec import Layout
 from spmd.partition.reshard import Dims, Step
 
@@ -47,10 +48,13 @@ def all_gather(x: Any, axes: tuple[str, ...], dim: int) -> Any:
 
 def linear_index(axes: Sequence[str], mesh: MeshShape) -> Any:
     """Traced int32: this device's place along `axes`, major to minor."""
-    index = jnp.int32(0)
+    index = None
     for axis in axes:
-        index = index * axis_size(mesh, axis) + lax.axis_index(axis)
-    return index
+        place = lax.axis_index(axis)
+        if index is not None:
+            place = lax.add(times(index, axis_size(mesh, axis)), place)
+        index = place
+    return np.int32(0) if index is None else index
 
 
 def on_first_device(
@@ -155,15 +159,14 @@ def _owner(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> A
 def _spread(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:
     whole = list(x.shape)
     whole[step.dim] *= axes_size(mesh, step.axes)
-    start = linear_index(step.axes, mesh) * x.shape[step.dim]
-    return lax.dynamic_update_slice_in_dim(jnp.zeros(whole, x.dtype), x, start, step.dim)
+    start = times(linear_index(step.axes, mesh), x.shape[step.dim])
+    return written(jnp.zeros(whole, x.dtype), x, start, step.dim)
 
 
 def _slice(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:
     size = _local(step.after, step.dim, shape, mesh)
     x = _pad_to(x, step.dim, size * axes_size(mesh, step.axes))
-    start = linear_index(step.axes, mesh) * size
-    return lax.dynamic_slice_in_dim(x, start, size, step.dim)
+    return cut(x, times(linear_index(step.axes, mesh), size), size, step.dim)
 
 
 def _all_gather(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:

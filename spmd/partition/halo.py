@@ -6,7 +6,7 @@ reversal and redistribution over other shard sizes are all this.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from sharding.mesh import MeshShape, axes_size, axis_size
+from sharding.parts import cut, fixed, pick, where, written
 from spmd import cost
 
 _LARGER = 3  # what is joined may be that many times as large as what is wanted of it
@@ -117,7 +118,7 @@ def fetch(
         return jax.random.wrap_key_data(words, impl=impl)
     shards = axes_size(mesh, axes)
     starts = tuple(int(s) for s in starts)
-    fill = jnp.asarray(fill, x.dtype)
+    fill = fixed(fill, x.dtype)
     shape = (*x.shape[:dim], width, *x.shape[dim + 1 :])
     if 0 in shape or not size:
         return jnp.full(shape, fill)
@@ -127,7 +128,7 @@ def fetch(
     assert even or not wrap, "padding cannot go round"
     if _whole_is_cheaper(exchanged, x, dim, shards):
         out = lax.all_gather(x, axes, axis=dim, tiled=True)
-        at = _pick(starts, index) + lax.iota(jnp.int32, width)
+        at = pick(starts, index) + lax.iota(jnp.int32, width)
         at = at % size if wrap else at
         out = jnp.take(out, at, axis=dim, mode="clip")
         return out if inside else _masked(out, dim, size, starts, index, fill)
@@ -153,8 +154,8 @@ def _received(
     """What another shard has for this device; zeros where none has anything."""
     if hop.length != x.shape[dim]:
         used = {hop.send[source] for source, _ in hop.pairs}
-        start = used.pop() if len(used) == 1 else _pick(hop.send, index)
-        x = lax.dynamic_slice_in_dim(x, start, hop.length, dim)
+        start = np.int32(used.pop()) if len(used) == 1 else pick(hop.send, index)
+        x = cut(x, start, hop.length, dim)
     if not hop.moves:
         return x
     order = tuple(a for a in mesh.names if a in axes)
@@ -194,7 +195,7 @@ def _joined(parts: Sequence[tuple[Hop, Any]], dim: int, width: int, index: Any) 
         out = lax.pad(out, jnp.zeros((), out.dtype), widths)
     if low + end - first + high == width:
         return out
-    return lax.dynamic_slice_in_dim(out, _pick([b + low for b in begins], index), width, dim)
+    return cut(out, pick([b + low for b in begins], index), width, dim)
 
 
 def _offsets(exchanged: Sequence[Hop]) -> tuple[list[int], list[int]] | None:
@@ -236,19 +237,17 @@ def _placed(
     out = lax.pad(out, jnp.zeros((), out.dtype), widths)
     for (hop, part), found in zip(parts, receivers, strict=True):
         at = [low + (p if i in found else width) for i, p in enumerate(hop.place)]
-        out = lax.dynamic_update_slice_in_dim(out, part, _pick(at, index), dim)
+        out = written(out, part, pick(at, index), dim)
     return lax.slice_in_dim(out, low, low + width, axis=dim)
 
 
 def _masked(x: Any, dim: int, size: int, starts: Sequence[int], index: Any, fill: Any) -> Any:
     """`fill` wherever the global place is outside of [0, size)."""
-    at = lax.broadcasted_iota(jnp.int32, x.shape, dim) + _pick(starts, index)
-    return jnp.where((at >= 0) & (at < size), x, fill)
-
-
-def _pick(table: Sequence[int], index: Any) -> Any:
-    """This device's entry; no lookup where the entries form a line."""
-    steps = {b - a for a, b in zip(table, table[1:], strict=False)}
-    if len(steps) <= 1:
-        return jnp.int32(table[0]) + index * jnp.int32(steps.pop() if steps else 0)
-    return jnp.asarray(np.asarray(table, np.int32))[index]
+    begin = lax.broadcast(pick(starts, index), x.shape)
+    at = lax.add(lax.broadcasted_iota(jnp.int32, x.shape, dim), begin)
+    tests = []
+    if min(starts) < 0:
+        tests.append(lax.ge(at, lax.broadcast(np.int32(0), x.shape)))
+    if max(starts) + x.shape[dim] > size:
+        tests.append(lax.lt(at, lax.broadcast(np.int32(size), x.shape)))
+    return where(reduce(lax.bitwise_and, tests), x, fill) if tests else x

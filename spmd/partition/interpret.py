@@ -83,11 +83,13 @@ def _compute(instruction: Compute, mesh: MeshShape, operands: Sequence[Any]) -> 
 def constant(value: Value) -> Any:
     """A literal or constant of the program, whole."""
     x = value.const
+    weak = getattr(value.aval, "weak_type", False)
+    if not value.rank and not weak and not isinstance(x, jax.Array):
+        return np.asarray(x, value.dtype)  # a literal, as it was
     if isinstance(x, np.ndarray):
         x = x.view()  # one of its own: JAX's literals remember the mesh that they were made under
     if value.rank or not hasattr(x, "dtype"):
         x = jnp.asarray(x, value.dtype)
-    weak = getattr(value.aval, "weak_type", False)
     return jax.lax.convert_element_type(x, value.dtype) if not weak else x
 
 

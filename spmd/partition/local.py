@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from sharding.mesh import MeshShape, axes_size
 from sharding.monoid import identity
+from sharding.parts import times, where
 from sharding.program import Op
 from sharding.rule import Kind
 from spmd.partition.apply import all_gather, linear_index, on_first_device, reduce_over
@@ -43,7 +45,7 @@ class LocalView:
         return -(-self.rule.factors[factor].size // self.shards(factor))
 
     def offset(self, factor: str) -> Any:
-        return self.index(self.axes(factor)) * self.local_size(factor)
+        return times(self.index(self.axes(factor)), self.local_size(factor))
 
     def local_out(self, result: int) -> tuple[int, ...]:
         value, layout = self.results[result]
@@ -71,7 +73,7 @@ class LocalView:
             return x
         dim = next(d for t, d in self.rule.where[factor] if t == operand)
         at = lax.broadcasted_iota(jnp.int32, x.shape, dim) + self.offset(factor)
-        return jnp.where(at < self.rule.factors[factor].size, x, jnp.asarray(fill, x.dtype))
+        return where(at < np.int32(self.rule.factors[factor].size), x, fill)
 
     def gathers(self, factor: str) -> bool:
         return factor in self.rule.gathers(shards_of(self.instruction.assignment, self.mesh))

@@ -16,10 +16,10 @@ PRIVATE_JAX_HOME = "sharding._jax"
 # Bottom to top. `name.*` is the module and everything below it; other entries are one module.
 LAYERS = (
     (
-        "sharding._jax.*", "sharding.errors", "sharding.local", "sharding.monoid",
-        "sharding.nodes", "spmd.simulate",
+        "sharding._jax.*", "sharding.collector", "sharding.errors", "sharding.local",
+        "sharding.monoid", "sharding.nodes", "spmd.caller", "spmd.simulate",
     ),
-    ("sharding.mesh",),
+    ("sharding.mesh", "sharding.parts"),
     ("sharding.spec",),
     ("sharding.region",),
     ("sharding.rule",),
