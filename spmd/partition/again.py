@@ -54,10 +54,26 @@ def again(
 
 
 def _next_to_nothing(op: Op) -> bool:
-    """One array, as large as the result, with its elements in other places, or each changed by
-    itself; linear, which is what tells a product with a scalar from a power."""
-    if op.control is not None or len(op.outputs) != 1:
+    """At most one array that does not come of nothing, with its elements in other places, or each
+    changed by itself."""
+    return _plain(op) and sum(v.rank > 0 and not _of_nothing(v) for v in op.inputs) <= 1
+
+
+def _of_nothing(value: Value, depth: int = _DEEPEST) -> bool:
+    """Whether a few operations make it, the first of them of nothing."""
+    op = value.op
+    if op is None or not depth:
         return False
-    rule, arrays = op.rule, [v for v in op.inputs if v.rank]
-    plain = rule.early and bool(rule.linear) and rule.annotation is None
-    return plain and len(arrays) == 1 and prod(arrays[0].shape) == prod(op.outputs[0].shape)
+    arrays = [v for v in op.inputs if v.rank]
+    made = _plain(op) and bool(arrays) and all(_of_nothing(v, depth - 1) for v in arrays)
+    return op.from_nothing or made
+
+
+def _plain(op: Op) -> bool:
+    """One result, no smaller than what is read; linear, which is what tells a product with a
+    scalar from a power."""
+    rule = op.rule
+    if op.control is not None or len(op.outputs) != 1 or rule.annotation is not None:
+        return False
+    size = prod(op.outputs[0].shape)
+    return rule.early and bool(rule.linear) and all(prod(v.shape) <= size for v in op.inputs)

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import spmd
-from spmd.partition.plan import Compute
+from spmd.partition.plan import Compute, Move
 from tests.oracle import check, kinds, make_mesh
 
 DEVICES, WIDTH, BATCH = 4, 32, 256
@@ -74,3 +74,22 @@ def test_not_what_has_to_move_for_it() -> None:
     assert gathers(found) == (1, GATHERED)
     made = [i.op for i, _ in found.plan.body.walk() if isinstance(i, Compute)]
     assert len(made) == len(set(map(id, made)))
+
+
+def test_what_comes_of_nothing_in_several_steps() -> None:
+    """The gradient of rows that are set tells them apart by a number for each, `iota + 1`, which
+    the scatter needs whole."""
+    order = np.random.default_rng(0).permutation(BATCH).astype(np.int32)
+
+    def fun(x: Any, order: Any) -> Any:
+        return jax.grad(lambda x: (jnp.zeros_like(x).at[order].set(x) ** 2).sum())(x)
+
+    found = check(fun, (arr(BATCH, WIDTH), order), make_mesh(fsdp=DEVICES), (P("fsdp"), P("fsdp")))
+    moves = [i for i, _ in found.plan.body.walk() if isinstance(i, Move)]
+    numbers = [m for m in moves if m.value.dtype == np.uint32]
+    assert not sum(m.plan.bytes for m in numbers), str(found)
+
+
+def test_with_what_is_made_of_nothing() -> None:
+    found = with_weights(lambda w, x: jnp.tanh(x @ w) @ (w * jnp.arange(WIDTH, dtype=w.dtype)))
+    assert gathers(found) == (1, GATHERED)
