@@ -7,7 +7,8 @@ program should have it: the batch of a training step, the features of weights th
 what they are multiplied with.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -81,7 +82,8 @@ class Reach:
 def furthest(
     program: Program, annotations: Sequence[tuple[Value, Sharding]], reach: Reach
 ) -> dict[str, int]:
-    """Of each axis of the program's arguments, the dim that reaches furthest of those that have it.
+    """Of each axis of the program's arguments, the dim that reaches furthest of those that have it,
+    through values that are not kept from having it there.
 
     Not of an axis that annotations inside of the program give to another dim, or keep from this
     one: they say where it should be, and what lies between them is for their neighbours to decide.
@@ -89,12 +91,16 @@ def furthest(
     entering, leaving = (
         {value.id for value in values} for values in (program.body.inputs, program.body.outputs)
     )
-    found: dict[str, int] = {}
+    wanted: dict[str, list[int]] = {}
     for value, sharding in annotations:
         for d, dim in enumerate(sharding.dims if value.id in entering else ()):
             for axis in dim.axes if value.shape[d] > 1 else ():
-                here = reach.dim(value, d)
-                found[axis] = max(found.get(axis, here), here, key=reach.of)
+                wanted.setdefault(axis, []).append(reach.dim(value, d))
+    kept = _kept_from(annotations, wanted, reach)
+    found = {
+        axis: max(dims, key=lambda dim: reach.of(dim) - kept[axis, dim])
+        for axis, dims in wanted.items()
+    }
     for value, sharding in annotations:
         for d, dim in enumerate(() if value.id in entering | leaving else sharding.dims):
             place = reach.dim(value, d)
@@ -102,4 +108,21 @@ def furthest(
                 has = any(overlap(axis, a) for a in dim.axes)
                 if has != (place == first) and (has or not dim.open):
                     del found[axis]
+    return found
+
+
+def _kept_from(
+    annotations: Sequence[tuple[Value, Sharding]], wanted: Mapping[str, Sequence[int]], reach: Reach
+) -> Counter[tuple[str, int]]:
+    """By axis and dim of the program that could have it, the elements of annotated values that have
+    the dim, and say that it does not."""
+    found: Counter[tuple[str, int]] = Counter()
+    contested = {axis: {*dims} for axis, dims in wanted.items() if len({*dims}) > 1}
+    for value, sharding in annotations if contested else ():
+        size = prod(value.shape)
+        for d, dim in enumerate(sharding.dims):
+            here = reach.dim(value, d)
+            for axis, dims in contested.items():
+                if here in dims and not dim.open and not any(overlap(axis, a) for a in dim.axes):
+                    found[axis, here] += size
     return found

@@ -56,7 +56,8 @@ def again(
 def _next_to_nothing(op: Op) -> bool:
     """At most one array that does not come of nothing, with its elements in other places, or each
     changed by itself."""
-    return _plain(op) and sum(v.rank > 0 and not _of_nothing(v) for v in op.inputs) <= 1
+    arrays = [v for v in op.inputs if v.rank]
+    return _plain(op) and bool(arrays) and sum(not _of_nothing(v) for v in arrays) <= 1
 
 
 def _of_nothing(value: Value, depth: int = _DEEPEST) -> bool:

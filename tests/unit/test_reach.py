@@ -79,6 +79,25 @@ def test_annotations_inside_that_say_otherwise(inside: Any, known: bool) -> None
     assert first == expected
 
 
+def test_values_that_are_kept_from_an_axis_along_a_dim_do_not_count() -> None:
+    """A cache that is sharded along its positions has the batch too, but not on that axis: the
+    scores go with the positions, and the queries, which are small, are gathered."""
+
+    def run(q: Any, cache: Any, length: Any) -> Any:
+        scores = jnp.einsum("bd,btd->bt", q, cache)
+        scores = jnp.where(jnp.arange(64) < length[:, None], scores, -1e9)
+        return jnp.einsum("bt,btd->bd", jax.nn.softmax(scores), cache)
+
+    args = (arr(8, 16), arr(8, 64, 16), arr(8, dtype=jnp.int32))
+    specs = (P("fsdp"), P(None, "fsdp"), P("fsdp"))
+    found = propagate(run, *args, in_shardings=specs, out_shardings=P("fsdp"))
+    assert set(made_by(found, "exp")) == {"[?, fsdp?]"}
+    annotations, result = found.traced.annotations, found.result
+    reach, cache = Reach(result.program.values, result.links), result.program.body.inputs[1]
+    assert reach.of(reach.dim(cache, 0)) > reach.of(reach.dim(cache, 1))
+    assert furthest(result.program, annotations, reach) == {"fsdp": reach.dim(cache, 1)}
+
+
 # --- what comes of it -----------------------------------------------------------------------------
 
 
