@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sharding.mesh import MeshShape, axes_size, axis_size
+from sharding.mesh import MeshShape, axes_size, axis_size, refine, refine_refs, split_ref
 from sharding.monoid import owner
 from sharding.parts import cut, times, written
 from sharding.spec import Layout
@@ -177,8 +177,20 @@ def _all_gather(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape)
 def _all_to_all(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:
     size = _local(step.after, step.to_dim, shape, mesh)
     x = _pad_to(x, step.to_dim, size * axis_size(mesh, step.axes[0]))
-    x = lax.all_to_all(x, step.axes[0], step.to_dim, step.dim, tiled=True)
+    axis, groups = _grouped(step.axes[0], mesh)
+    x = lax.all_to_all(
+        x, axis, step.to_dim, step.dim, axis_index_groups=groups, tiled=True
+    )  # fmt: skip
     return _trim_to(x, step.dim, _local(step.after, step.dim, shape, mesh))
+
+
+def _grouped(ref: str, mesh: MeshShape) -> tuple[str, list[list[int]] | None]:
+    """An axis of the mesh, and the groups of devices along it where `ref` is a part of it."""
+    if ref in mesh.names:
+        return ref, None
+    name, pre, size = split_ref(ref)
+    assert size is not None, f"{ref} is no axis of {mesh}"
+    return name, _groups((pre, size, axis_size(mesh, name) // (pre * size)))[1]
 
 
 def _reduce_scatter(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:
@@ -212,8 +224,17 @@ def _all_reduce(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape)
 
 
 def _permute(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:
-    pairs = permutation(before.dims, step.after.dims, step.axes, mesh)
-    return lax.ppermute(x, step.axes, pairs)
+    # Parts of axes are numbered as the axes are.
+    refs = {a for layout in (before, step.after) for dim in layout.dims for a in dim}
+    fine = refine(mesh, refs - {*mesh.names})
+    src, dst = (
+        tuple(refine_refs(mesh, fine, axes) for axes in layout.dims)
+        for layout in (before, step.after)
+    )
+    moved = {_grouped(a, mesh)[0] for a in step.axes}
+    axes = tuple(a for a in mesh.names if a in moved)
+    pairs = permutation(src, dst, refine_refs(mesh, fine, axes), fine)
+    return lax.ppermute(x, axes, pairs)
 
 
 _APPLY = {

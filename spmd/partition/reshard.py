@@ -6,14 +6,14 @@ ever chosen when it is the cheapest. Follows the idea of Rink et al. (arXiv 2112
 """
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import permutations
-from math import prod
+from math import gcd, prod
 from typing import NamedTuple
 
 from sharding.errors import Problem, VerificationError
-from sharding.mesh import MeshShape, axes_size, axis_size
+from sharding.mesh import MeshShape, axes_size, axis_size, refine, refine_refs, split_axis
 from sharding.spec import Layout
 from spmd import cost
 
@@ -30,7 +30,7 @@ class Step(NamedTuple):
     Attributes:
       kind: owner, addend, spread, slice, all_gather, all_to_all, reduce_scatter, all_reduce,
         permute.
-      axes: mesh axes it runs over, major to minor.
+      axes: mesh axes it runs over, or parts of one, major to minor.
       dim: dim it acts on (gathered, sliced, scattered; all_to_all: gathered).
       to_dim: all_to_all: the dim that is split.
       monoid: of reductions.
@@ -77,6 +77,18 @@ def plan(src: Layout, dst: Layout, shape: tuple[int, ...], itemsize: int, mesh: 
         return Plan((), 0.0)
     if any(monoid != "add" for _, monoid in set(dst.partial) - set(src.partial)):
         raise VerificationError(_not_partial(src, dst))
+    found = _search(src, dst, shape, itemsize, mesh, _steps)
+    if found is None:
+        raise VerificationError(_unreachable(src, dst, shape))
+    parts = _by_parts(src, dst, shape, itemsize, mesh)
+    return found if parts is None or parts.cost >= found.cost else parts
+
+
+def _search(
+    src: Layout, dst: Layout, shape: tuple[int, ...], itemsize: int, mesh: MeshShape,
+    steps: Callable[..., Iterator[Step]],
+) -> Plan | None:  # fmt: skip
+    """The cheapest path of these steps."""
     best: dict[Layout, float] = {src: 0.0}
     came: dict[Layout, tuple[Layout, Step]] = {}
     queue: list[tuple[float, int, Layout]] = [(0.0, 0, src)]
@@ -87,14 +99,53 @@ def plan(src: Layout, dst: Layout, shape: tuple[int, ...], itemsize: int, mesh: 
             return Plan(_path(src, dst, came), at_cost)
         if at_cost > best[at]:
             continue
-        for step in _steps(at, dst, shape, itemsize, mesh):
+        for step in steps(at, dst, shape, itemsize, mesh):
             total = at_cost + step_cost(step, at, shape, itemsize, mesh)
             if total < best.get(step.after, float("inf")):
                 best[step.after] = total
                 came[step.after] = (at, step)
                 order += 1
                 heapq.heappush(queue, (total, order, step.after))
-    raise VerificationError(_unreachable(src, dst, shape))
+    return None
+
+
+def _by_parts(
+    src: Layout, dst: Layout, shape: tuple[int, ...], itemsize: int, mesh: MeshShape
+) -> Plan | None:
+    """Two dims that swap axes of different sizes: a part of the larger goes over by an all-to-all,
+    so that both have as many shards as they should, and then shards change places. None where no
+    two dims do."""
+    fine = refine(mesh, _swapped_parts(src, dst, mesh))
+    if fine == mesh:
+        return None
+    begin, end = (
+        Layout(tuple(refine_refs(mesh, fine, axes) for axes in layout.dims), layout.partial)
+        for layout in (src, dst)
+    )
+    found = _search(begin, end, shape, itemsize, fine, _swaps)
+    if found is None:
+        return None
+    return found._replace(steps=(*found.steps[:-1], found.steps[-1]._replace(after=dst)))
+
+
+def _swapped_parts(src: Layout, dst: Layout, mesh: MeshShape) -> set[str]:
+    """Parts of the axes that two dims swap: as large as the axes have in common, and the rest."""
+    homes = {axis: d for d, axes in enumerate(dst.dims) for axis in axes}
+    moved = {(d, homes.get(axis, d)): axis for d, axes in enumerate(src.dims) for axis in axes}
+    parts: set[str] = set()
+    for (d, e), axis in moved.items():
+        other = moved.get((e, d))
+        if d != e and other is not None and ":" not in axis:
+            common = gcd(axis_size(mesh, axis), axis_size(mesh, other))
+            parts.update(split_axis(mesh, axis, common) or ())
+    return parts
+
+
+def _swaps(
+    at: Layout, dst: Layout, shape: tuple[int, ...], itemsize: int, mesh: MeshShape
+) -> Iterator[Step]:
+    yield from _all_to_alls(at, dst, shape, itemsize, mesh)
+    yield from _permutes(at, dst, local_bytes(at, shape, itemsize, mesh), mesh)
 
 
 def step_cost(

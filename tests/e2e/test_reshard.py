@@ -164,6 +164,25 @@ def test_swapping_axes_never_replicates() -> None:
     assert "all_gather" not in [s.kind for s in found.steps]
 
 
+@pytest.mark.parametrize("sizes", [(2, 4), (4, 2)])
+@pytest.mark.parametrize("shape", [(64, 64), (64, 24, 3), (9, 64), (7, 5)])
+def test_swapping_axes_of_unequal_size_moves_a_part_of_one(sizes: tuple, shape: tuple) -> None:
+    """Half of each shard goes over, then each moves once; what does not divide goes otherwise."""
+    mesh = MeshShape((("x", sizes[0]), ("y", sizes[1])))
+    rest = ((),) * (len(shape) - 2)
+    src, dst = Layout((("x",), ("y",), *rest)), Layout((("y",), ("x",), *rest))
+    found = plan(src, dst, shape, 4, mesh)
+    if shape[0] % 8 == 0 and shape[1] % 8 == 0:
+        block = np.prod(shape) * 4 / 8
+        assert [s.kind for s in found.steps] == ["all_to_all", "permute"]
+        assert found.bytes == block / 2 + block
+    x = np.arange(1, np.prod(shape) + 1, dtype=np.float32).reshape(shape)
+    got = run(mesh, src, dst, x)
+    for device, want in enumerate(expected(x, src, dst, mesh)):
+        block = got[device][tuple(slice(0, n) for n in want.shape)]
+        np.testing.assert_array_equal(block, want)
+
+
 def test_renaming_an_axis_of_the_same_size_is_one_permute() -> None:
     mesh = MeshShape((("x", 2), ("y", 2), ("z", 2)))
     found = plan(Layout((("x",), ())), Layout((("y",), ())), (64, 64), 4, mesh)
