@@ -7,10 +7,10 @@ places, and its conversions of constants, are more equations than the exchanges.
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from sharding._jax import primitives as p
 
@@ -26,14 +26,14 @@ def pick(table: Sequence[int], index: Any) -> Any:
 
 def times(index: Any, n: int) -> Any:
     """`index * n` in int32."""
-    if not isinstance(index, jax.core.Tracer):
+    if not isinstance(index, Tracer):
         return np.int32(index * n)
     return index if n == 1 else lax.mul(index, np.int32(n))
 
 
 def plus(index: Any, n: int) -> Any:
     """`index + n` in int32."""
-    if not isinstance(index, jax.core.Tracer):
+    if not isinstance(index, Tracer):
         return np.int32(index + n)
     return index if n == 0 else lax.add(index, np.int32(n))
 
@@ -53,7 +53,7 @@ def written(x: Any, part: Any, start: Any, dim: int) -> Any:
 
 def fixed(value: Any, dtype: Any) -> Any:
     """A scalar of this dtype; no equation where the value is known while tracing."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return jnp.asarray(value, dtype)
     return np.asarray(value, dtype)
 

@@ -86,10 +86,12 @@ def jit(
         reduce-scatters, to fill no memory with zeros that are overwritten, and to run collectives
         beside computation), "transposed_sums" (so that they copy no weights into the order of their
         gradients), "keep_products" (what the CPU compiler needs in order to multiply matrices at
-        full speed), "saved_gathers" and "bounded_schedule" (see `memory_limit`).
+        full speed), "saved_gathers", "regathers" and "bounded_schedule" (see
+        `memory_limit`).
       memory_limit: bytes that a device has for the program. While the predicted peak stays below,
         weights that loops over layers gather forward and again on the way back are gathered once;
-        where it is above, "loop_invariants" and "loop_sums" are given up if that helps. TPU
+        where it is above, "loop_invariants" and "loop_sums" are given up if that helps, and what is
+        gathered for several operations is let go and gathered again for the later ones. TPU
         compilers take no more to run transfers early. A program that is predicted to need more all
         the same has a diagnostic. None: nothing of this is done.
 

@@ -1,6 +1,7 @@
 """The plan of a propagated program for the devices of its mesh, within their memory."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from sharding.collector import uncollected
 from sharding.propagation import Propagated
@@ -10,9 +11,10 @@ from spmd.options import Options
 from spmd.partition.plan import ProgramPlan
 from spmd.partition.planner import make_plan
 from spmd.partition.saved import save_gathers, sent
+from spmd.regather import regathered
 from spmd.target import compiler_of, suited
 
-# Passes that send less for memory, in the order in which they are given up where there is none.
+# Passes that send less for memory, as they are given up where there is none.
 _FOR_MEMORY = (("loop_invariants",), ("loop_sums",), ("loop_invariants", "loop_sums"))
 
 
@@ -30,24 +32,50 @@ def make_suited_plan(
       donated: per argument, whether the results may take its memory.
     """
 
-    def planned(
-        assumed: Mapping[int, Layout] | None = None, without: Sequence[str] = ()
-    ) -> ProgramPlan:
-        off = (*options.disable_passes, *without)
-        return suited(make_plan(propagated, in_layouts, out_layouts, off, assumed), options)
-
-    def peak(plan: ProgramPlan) -> int:
-        return peak_bytes(plan, donated, options)
-
+    planning = _Planning(propagated, in_layouts, out_layouts, donated, options)
     with uncollected():
-        plan, limit = planned(), options.memory_limit
+        plan, limit = planning.planned(), options.memory_limit
         if limit is None:
             return plan
-        if peak(plan) > limit:
-            others = [planned(without=without) for without in _FOR_MEMORY]
-            fitting = [other for other in others if peak(other) <= limit]
-            return min(fitting, key=sent) if fitting else min([plan, *others], key=peak)
-        return save_gathers(plan, planned, peak, limit) if options.on("saved_gathers") else plan
+        if planning.peak(plan) > limit:
+            return planning.smaller(plan, limit)
+        if not options.on("saved_gathers"):
+            return plan
+        return save_gathers(plan, planning.planned, planning.peak, limit)
+
+
+class _Planning(NamedTuple):
+    """Plans of one program; see `make_suited_plan`."""
+
+    propagated: Propagated
+    in_layouts: Sequence[Layout]
+    out_layouts: Sequence[Layout]
+    donated: Sequence[bool]
+    options: Options
+
+    def planned(
+        self, assumed: Mapping[int, Layout] | None = None, without: Sequence[str] = ()
+    ) -> ProgramPlan:
+        off = (*self.options.disable_passes, *without)
+        made = make_plan(self.propagated, self.in_layouts, self.out_layouts, off, assumed)
+        return suited(made, self.options)
+
+    def ordered(self, plan: ProgramPlan) -> liveness.Ordered:
+        return liveness.ordered(plan, self.donated, compiler_of(self.options.mesh))
+
+    def peak(self, plan: ProgramPlan) -> int:
+        return self.ordered(plan).memory.peak
+
+    def smaller(self, plan: ProgramPlan, limit: int) -> ProgramPlan:
+        """Of the ways to hold less the one that fits and sends least, or that holds least."""
+        others = [self.planned(without=without) for without in _FOR_MEMORY]
+        found = [(self.peak(each), each) for each in (plan, *others)]
+        for each in (plan, *others) if self.options.on("regathers") else ():
+            if each is plan or all(size > limit for size, _ in found):
+                again = regathered(each, self.ordered, limit)
+                found.append((self.peak(again), again))
+        fits = [each for size, each in found if size <= limit]
+        return min(fits, key=sent) if fits else min(found, key=lambda pair: pair[0])[1]
 
 
 def peak_bytes(plan: ProgramPlan, donated: Sequence[bool], options: Options) -> int:

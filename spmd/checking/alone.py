@@ -22,15 +22,13 @@ Instruction = Move | Compute
 
 
 def reads(instruction: Instruction) -> tuple[Key, ...]:
-    if isinstance(instruction, Move):
-        return (Key(instruction.value, instruction.src),)
-    return instruction.operands
+    return instruction.reads
 
 
 def writes(instruction: Instruction) -> tuple[Key, ...]:
     """What an instruction makes, without results that nothing reads: those may hold anything."""
     if isinstance(instruction, Move):
-        return (Key(instruction.value, instruction.dst),)
+        return instruction.writes
     unread = instruction.unread or (False,) * len(instruction.results)
     return tuple(key for key, skip in zip(instruction.results, unread, strict=True) if not skip)
 

@@ -15,7 +15,7 @@ from spmd.estimate.tiles import Sizes
 from spmd.estimate.work import Line, rate
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
 
-Name = tuple[int, Layout]
+Name = tuple[int, Layout, int]
 
 
 class Compiler(NamedTuple):
@@ -71,7 +71,7 @@ class Held(NamedTuple):
 
 
 def name(key: Key) -> Name:
-    return key.value.id, key.layout
+    return key.value.id, key.layout, key.copy
 
 
 def held(plan: ProgramPlan, lines: tuple[Line, ...], compiler: Compiler = ANY) -> Held:

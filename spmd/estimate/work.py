@@ -95,13 +95,11 @@ class Line(NamedTuple):
 
     @property
     def reads(self) -> tuple[Key, ...]:
-        found = self.instruction
-        return found.operands if isinstance(found, Compute) else (Key(found.value, found.src),)
+        return self.instruction.reads
 
     @property
     def writes(self) -> tuple[Key, ...]:
-        found = self.instruction
-        return found.results if isinstance(found, Compute) else (Key(found.value, found.dst),)
+        return self.instruction.writes
 
     @property
     def contracts(self) -> bool:

@@ -96,8 +96,7 @@ class _Graph:
     def _region(self, body: RegionPlan, within: tuple[Compute, int] | None, trips: int) -> None:
         made = list(body.region.inputs)
         for one in body.code:
-            reads = (Key(one.value, one.src),) if isinstance(one, Move) else one.operands
-            self._note(one, reads, within)
+            self._note(one, one.reads, within)
             if isinstance(one, Compute):
                 self.code.append((one, body.mesh))
                 made += [key.value for key in one.results]
@@ -110,7 +109,7 @@ class _Graph:
     def _note(
         self, one: Compute | Move | None, reads: Sequence[Key], within: tuple[Compute, int] | None
     ) -> None:
-        for i, (value, layout) in enumerate(reads):
+        for i, (value, layout, _) in enumerate(reads):
             self.uses.setdefault((value.id, layout), []).append(_Use(one, i, within))
 
     def reader(self, name: Name) -> Op | None:
@@ -134,7 +133,7 @@ class _Graph:
 
     def _start(self, first: Key, owners: Owners, axes: frozenset[str]) -> _Start | None:
         """The element; None where something reads it that adds to it while it is partial."""
-        found, queue = _Start(owners, {}, []), [first]
+        found, queue = _Start(owners, {}, []), [(first.value, first.layout)]
         while queue:
             value, layout = queue.pop()
             found.chain[value.id, without(layout, axes)] = (value.id, layout)
@@ -143,7 +142,7 @@ class _Graph:
                 if isinstance(one, Move) and _only_reduces(one, axes):
                     found.moves.append(one)
                 elif isinstance(one, Compute) and _only_carries(one, axes):
-                    queue.append(one.results[0])
+                    queue.append((one.results[0].value, one.results[0].layout))
                 else:
                     return None
         return found
@@ -230,7 +229,7 @@ class _Late:
         made = made_of(one.op.rule, _uncarried(one, self.axes), layouts, mesh)
         if not made:
             return None if made is None else []
-        return [(v.id, without(layout, self.axes)) for v, layout in one.results]
+        return [(v.id, without(layout, self.axes)) for v, layout, _ in one.results]
 
 
 def _uncarried(one: Compute, axes: frozenset[str]) -> Assignment:
@@ -302,8 +301,7 @@ class _Change:
         for one in body.code:
             if id(one) not in self.dropped:
                 code.append(self._changed(one))
-                made = one.results if isinstance(one, Compute) else (Key(one.value, one.dst),)
-                code += [move for key in made for move in self._sending(key, body)]
+                code += [move for key in one.writes for move in self._sending(key, body)]
         return replace(
             body, inputs=tuple(self._made(key).layout for key in inputs),
             outputs=tuple(map(self._read, body.outputs)), code=tuple(code),
@@ -332,15 +330,14 @@ class _Change:
 
     def _changed(self, one: Move | Compute) -> Move | Compute:
         if isinstance(one, Move):
-            src = self._read(Key(one.value, one.src)).layout
-            dst = self._made(Key(one.value, one.dst)).layout
+            src, dst = self._read(one.reads[0]).layout, self._made(one.writes[0]).layout
             if src == one.src:
                 return one
             steps = tuple(
                 step._replace(after=shared_with(step.after, self.owners)) for step in one.plan.steps
             )
             return replace(one, src=src, dst=dst, plan=Plan(steps, one.plan.cost))
-        chained = any((v.id, layout) in self.partial for v, layout in one.operands)
+        chained = any((key.value.id, key.layout) in self.partial for key in one.operands)
         return replace(
             one, assignment=_uncarried(one, self.axes) if chained else one.assignment,
             operands=tuple(map(self._read, one.operands)),

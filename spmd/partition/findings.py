@@ -172,9 +172,8 @@ def _unused(
         used |= manual.axes if manual is not None else set()
     body = plan.body
     pairs = list(zip(body.region.inputs, body.inputs, strict=True))
-    held = sum(
-        Key(v, layout).local_bytes(plan.mesh) for v, layout in (*pairs, *body.outputs)
-    )
+    keys = (*(Key(v, layout) for v, layout in pairs), *body.outputs)
+    held = sum(key.local_bytes(plan.mesh) for key in keys)
     for axis, size in propagated.mesh.axes:
         cost = held * (size - 1) / size
         if axis in used or size == 1 or cost < LARGE:

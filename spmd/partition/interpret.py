@@ -28,19 +28,19 @@ def per_device(plan: ProgramPlan) -> Callable[..., tuple[Any, ...]]:
 
 def _region(region: RegionPlan, args: Sequence[Any]) -> list[Any]:
     mesh = region.mesh
-    env: dict[tuple[int, Any], Any] = {}
+    env: dict[tuple[int, Any, int], Any] = {}
 
     def read(key: Key) -> Any:
-        if key.value.const is not None and (key.value.id, key.layout) not in env:
+        if key.value.const is not None and (key.value.id, *key[1:]) not in env:
             assert not key.layout.partial, "every device would add the whole of it"
             return constant(key.value)
-        return env[key.value.id, key.layout]
+        return env[key.value.id, *key[1:]]
 
     for value, layout, arg in zip(region.region.inputs, region.inputs, args, strict=True):
-        env[value.id, layout] = arg
+        env[value.id, layout, 0] = arg
     for instruction in region.code:
         for key, x in execute(instruction, mesh, read):
-            env[key.value.id, key.layout] = x
+            env[key.value.id, *key[1:]] = x
     return [read(key) for key in region.outputs]
 
 
@@ -49,14 +49,16 @@ def execute(
 ) -> list[tuple[Key, Any]]:
     """What one instruction makes of the local arrays that `read` gives."""
     if isinstance(instruction, Move):
-        value, src, dst = instruction.value, instruction.src, instruction.dst
+        value, src = instruction.value, instruction.src
         # At the boundary no operation asks for it: it belongs to the one that made the value.
         with _at(instruction.reason or value.op):
             x = read(Key(value, src))
             if not hasattr(x, "shape"):  # a literal
                 x = jnp.asarray(x, value.dtype)
+            if instruction.after:  # or the compiler makes one of this and what it repeats
+                x, *_ = jax.lax.optimization_barrier((x, *map(read, instruction.after)))
             x = apply(instruction.plan.steps, x, src, value.shape, mesh)
-        return [(Key(value, dst), x)]
+        return [(instruction.writes[0], x)]
     with _at(instruction.op):
         results = _compute(instruction, mesh, [read(key) for key in instruction.operands])
         if instruction.apart and instruction.op.control is None:

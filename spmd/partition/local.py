@@ -48,7 +48,7 @@ class LocalView:
         return times(self.index(self.axes(factor)), self.local_size(factor))
 
     def local_out(self, result: int) -> tuple[int, ...]:
-        value, layout = self.results[result]
+        value, layout, _ = self.results[result]
         return layout.local_shape(value.shape, self.mesh)
 
     def named(self, axes: Any) -> Any:

@@ -37,10 +37,15 @@ def shards_of(assignment: Assignment, mesh: MeshShape) -> dict[str, int]:
 
 
 class Key(NamedTuple):
-    """A value in one layout: what instructions read and write."""
+    """A value in one layout: what instructions read and write.
+
+    Attributes:
+      copy: 0; how often it was made before, where it is let go in between.
+    """
 
     value: Value
     layout: Layout
+    copy: int = 0
 
     def local_bytes(self, mesh: MeshShape) -> int:
         """Bytes on one device."""
@@ -49,13 +54,29 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Move:
-    """Reshards a value; `plan` may be empty of collectives (a local slice)."""
+    """Reshards a value; `plan` may be empty of collectives (a local slice).
+
+    Attributes:
+      reason: the op that needs it; None at the program's boundary.
+      copy: of the result, see `Key`.
+      after: what has to be there before it starts.
+    """
 
     value: Value
     src: Layout
     dst: Layout
     plan: Plan
-    reason: Op | None  # the op that needs it; None at the program's boundary
+    reason: Op | None
+    copy: int = 0
+    after: tuple[Key, ...] = ()
+
+    @property
+    def reads(self) -> tuple[Key, ...]:
+        return Key(self.value, self.src), *self.after
+
+    @property
+    def writes(self) -> tuple[Key, ...]:
+        return (Key(self.value, self.dst, self.copy),)
 
 
 @dataclass(frozen=True)
@@ -78,6 +99,14 @@ class Compute:
     unread: tuple[bool, ...] = ()
     asked: tuple[Any, ...] = ()
     apart: bool = False
+
+    @property
+    def reads(self) -> tuple[Key, ...]:
+        return self.operands
+
+    @property
+    def writes(self) -> tuple[Key, ...]:
+        return self.results
 
     @property
     def rule(self) -> Rule | None:
@@ -190,7 +219,8 @@ def _render(body: RegionPlan, indent: str) -> Iterator[str]:
                 for s in instruction.plan.steps
             )
             value = instruction.value
-            yield f"{indent}{value} {instruction.dst} = {steps} of {instruction.src}" + (
+            later = "".join(f", after {key.value}" for key in instruction.after)
+            yield f"{indent}{value} {instruction.dst} = {steps} of {instruction.src}{later}" + (
                 f"  # {describe(value)}" if value.name or value.op else ""
             )
             continue

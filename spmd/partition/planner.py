@@ -294,7 +294,7 @@ class _Scope:
             ]
         reads = tuple(self.read(v, k, op) for v, k in zip(op.inputs, kept, strict=True))
         results = tuple(Key(v, k.layout) for v, k in zip(op.outputs, reads, strict=False))
-        for value, layout in results:
+        for value, layout, _ in results:
             self.at_hand.setdefault(value.id, []).append(layout)
         self.code.append(Compute(op, Assignment(()), reads, results))
 
@@ -306,7 +306,7 @@ class _Scope:
         reads = tuple(self.read(v, n, op) for v, n in zip(op.inputs, needed, strict=True))
         made = makes(op.rule, assignment, self.mesh)
         results = tuple(Key(v, m) for v, m in zip(op.outputs, made, strict=True))
-        for value, layout in results:
+        for value, layout, _ in results:
             self.at_hand.setdefault(value.id, []).append(layout)
         unread = tuple(not self.planner.uses[v.id] for v in op.outputs)
         asked = (tuple(operands), chosen_for) if chosen_for else ()
@@ -346,7 +346,7 @@ class _Scope:
             self.read(v, reads.get(i, _whole(v)), op) for i, v in enumerate(op.inputs)
         )
         results = tuple(Key(v, made[i]) for i, v in enumerate(op.outputs))
-        for value, layout in results:
+        for value, layout, _ in results:
             self.at_hand[value.id] = [layout]
         self.code.append(Compute(op, Assignment(()), operands, results, found.regions))
 

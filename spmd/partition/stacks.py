@@ -36,7 +36,7 @@ def _stacks(loop: Compute, body: RegionPlan) -> Iterator[Any]:
     """Type and local shape of what a loop stacks."""
     for port in loop.op.out_ports:
         if port.stacked:
-            value, layout = loop.results[port.outer]
+            value, layout, _ = loop.results[port.outer]
             yield value.dtype, layout.local_shape(value.shape, body.mesh)
 
 

@@ -69,12 +69,12 @@ def _rewritten(
         if move is None:
             yield one
             continue
-        (value, made), op = one.results[0], one.op
+        (value, made, _), op = one.results[0], one.op
         src = through(op, 0, move.src, body.mesh)
         carried = tuple(sorted(axis for axis, _ in src.partial))
         assignment = forced(op.rule, src, body.mesh)._replace(carried=carried)
         yield replace(
-            one, assignment=assignment, operands=(Key(move.value, move.src),),
+            one, assignment=assignment, operands=move.reads,
             results=(Key(value, src),), asked=(),
         )  # fmt: skip
         steps = reshard(src, made, value.shape, value.itemsize, body.mesh)

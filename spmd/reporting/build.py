@@ -185,7 +185,7 @@ def _read_backward(found: Sequence[Line]) -> set[int]:
 def _buffer(
     held: liveness.Buffer, arguments: Sequence[str], backward: set[int]
 ) -> Buffer:  # fmt: skip
-    value, layout = held.key
+    value, layout, _ = held.key
     source = value.op.source if value.op is not None else ""
     return Buffer(
         describe(value), _kind(held, arguments, backward), str(value.dtype), value.shape,

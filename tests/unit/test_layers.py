@@ -42,6 +42,7 @@ LAYERS = (
     ("spmd.partition.*", "spmd.parallel.*"),
     ("spmd.estimate.*", "spmd.boundary", "spmd.annotations"),
     ("spmd.target",),
+    ("spmd.regather",),
     ("spmd.planning",),
     ("spmd.pipeline.*",),
     ("spmd.plan.*", "spmd.reporting.*", "spmd.runtime.*"),
