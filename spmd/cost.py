@@ -18,6 +18,9 @@ FLOPS_PER_LINK_BYTE = 8.0
 NETWORK_BYTES_PER_S = 2.5e10 / 4  # of a host, which four chips share
 HBM_BYTES_PER_LINK_BYTE = 2.8e12 / LINK_BYTES_PER_S
 
+# Memory that a copy takes for a long time, from the way forward to the way back.
+HELD_PER_LINK_BYTE = 8.0
+
 _DEARER = LINK_BYTES_PER_S / NETWORK_BYTES_PER_S
 # Enough to prefer one collective over two of the same bytes, too little to prefer more bytes.
 STEP_BYTES = 64.0

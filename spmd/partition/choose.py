@@ -285,6 +285,9 @@ def _cost(
             return total
     for need, tensor in zip(needed, operands, strict=True):
         total += tensor.share(need) * cheapest(tensor, need, mesh)
+        if tensor.late and need != tensor.layouts[0]:
+            held = local_bytes(need, tensor.shape, tensor.itemsize, mesh)
+            total += held / cost.HELD_PER_LINK_BYTE
         if total >= limit:
             return total
     return total

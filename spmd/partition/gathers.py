@@ -81,7 +81,7 @@ def _layouts(wanted: Layout, expected: Shares) -> Iterator[Layout]:
 def _reading(planner: Any, op: Op, value: Value, layout: Layout) -> tuple[float, bool]:
     """What a reader costs when the value is at hand in a further layout; whether it takes it."""
     operands = tuple(
-        _tensor(planner, v, (layout,) if v is value else None) for v in op.inputs
+        _tensor(planner, op, v, (layout,) if v is value else None) for v in op.inputs
     )
     results = tuple(map(planner.result, op.outputs))
     assignment, cost = costs(op.rule, operands, results, planner.mesh)
@@ -91,11 +91,14 @@ def _reading(planner: Any, op: Op, value: Value, layout: Layout) -> tuple[float,
     )
 
 
-def _tensor(planner: Any, value: Value, further: tuple[Layout, ...] | None) -> Tensor:
+def _tensor(
+    planner: Any, op: Op, value: Value, further: tuple[Layout, ...] | None
+) -> Tensor:
     """The value, also at hand in `further` layouts; others (None) may have readers that share, as
     was decided for them, or as is expected."""
     layouts = tuple(dict.fromkeys((planner.wanted(value), *(further or ()))))
     alike: Shares = ()
     if further is None and planner.uses[value.id] > 1:
         alike = planner.expected.get(value.id) or planner.counted(value)
-    return Tensor(value.shape, value.itemsize, layouts, alike)
+    late = further is None and planner.late(value, op)
+    return Tensor(value.shape, value.itemsize, layouts, alike, late=late)

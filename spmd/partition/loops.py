@@ -69,7 +69,7 @@ def _total(planner: Any, scope: Any, op: Op, planned: Planned, trips: int) -> fl
     inside = sum(_region_cost(region, trips) for region in planned.regions)
     boundary = planned.boundary
     entering = sum(
-        cheapest(scope.tensor(op.inputs[i]), need, scope.mesh)
+        cheapest(scope.tensor(op.inputs[i], op), need, scope.mesh)
         for i, need in boundary.reads.items() if op.inputs[i].rank
     )  # fmt: skip
     leaving = sum(

@@ -4,6 +4,7 @@ Values keep every layout they were brought into, so that the same value is resha
 once per region. Partial values stay partial until something needs them whole.
 """
 
+from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 
 from sharding.mesh import MeshShape, axes_size, refine, refine_refs
@@ -32,6 +33,8 @@ from spmd.partition.regions import plan_regions
 from spmd.partition.reshard import plan
 from spmd.partition.sums import settle
 from spmd.partition.tensor import FREE, Reader, Tensor, needs_whole
+
+_LONG = 32  # equations from one reader to the next, of layers some fifty
 
 
 def make_plan(
@@ -83,6 +86,7 @@ class _Planner:
         self.layouts = [refined[s] for s in propagated.shardings]
         self.expected: dict[int, tuple[tuple[Layout, int], ...]] = {}
         self.alike: dict[int, tuple[tuple[Layout, int], ...]] = {}
+        self.places: dict[int, list[int]] = {}  # of a value's readers in the program
         # Where sums are reduced, of all regions being planned: see `sums.Sums`.
         self.made: set[int] = set()
         self.carried: dict[int, tuple[str, ...]] = {}
@@ -185,6 +189,18 @@ class _Planner:
             self.expected[value.id] = found
         return found
 
+    def late(self, value: Value, op: Op) -> bool:
+        """Whether others read a value too, all of those that come first long before an operation:
+        what they needed of it would have to stay for so long."""
+        if self.uses[value.id] < 2 or not value.rank:
+            return False
+        found = self.places.get(value.id)
+        if found is None:
+            readers = self.propagated.program.readers[value.id]
+            found = self.places[value.id] = sorted(reader.index for reader, _ in readers)
+        before = bisect_left(found, op.index)
+        return before > 0 and op.index - found[before - 1] > _LONG
+
     def counted(self, value: Value) -> tuple[tuple[Layout, int], ...]:
         """In which layouts more than one reader needs a value, by what each has to make."""
         found = self.alike.get(value.id)
@@ -260,17 +276,17 @@ class _Scope:
     def layouts(self, value: Value) -> list[Layout]:
         return self.at_hand.get(value.id) or [_whole(value)]
 
-    def tensor(self, value: Value) -> Tensor:
+    def tensor(self, value: Value, op: Op) -> Tensor:
         readers = self.planner.readers(value) if self.planner.uses[value.id] > 1 else ()
         return Tensor(
             value.shape, value.itemsize, tuple(self.layouts(value)), readers,
-            anywhere=from_nothing(value),
+            anywhere=from_nothing(value), late=self.planner.late(value, op),
         )  # fmt: skip
 
     def compute(self, op: Op) -> None:
         rule = op.rule
         wanted = [self.planner.wanted(v) for v in op.outputs]
-        operands = tuple(self.tensor(v) for v in op.inputs)
+        operands = tuple(self.tensor(v, op) for v in op.inputs)
         results: tuple[Tensor, ...] = ()
         if rule.elementary:
             self.keep(op)
@@ -326,7 +342,7 @@ class _Scope:
         made = need.reduced()
         anew = again(value, made, self.layouts, self.mesh) if made not in layouts else None
         if value.op is not None and anew is not None and (best.bytes or from_nothing(value)):
-            self.emit(value.op, anew, [self.tensor(v) for v in value.op.inputs])
+            self.emit(value.op, anew, [self.tensor(v, value.op) for v in value.op.inputs])
             return self.read(value, need, op)
         self.code.append(Move(value, src, need, best, op))
         self.at_hand.setdefault(value.id, [src]).append(need)

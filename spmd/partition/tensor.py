@@ -34,6 +34,7 @@ class Tensor(NamedTuple):
       anywhere: operand: it is made from nothing, in any layout.
       carried: result: the axes over which its operation carries partial operands, where that is
         decided (`sums`): then a whole addend of a partial one becomes partial too.
+      late: operand: what others needed of it they read long before, see `planner`.
       passed: result: all its readers, where nothing says where it should be: they may read it
         elsewhere, and make less of it.
     """
@@ -46,6 +47,7 @@ class Tensor(NamedTuple):
     anywhere: bool = False
     carried: tuple[str, ...] | None = None
     passed: tuple[Reader, ...] = ()
+    late: bool = False
 
     def share(self, need: Layout) -> float:
         """The part of a reshard's cost that one reader bears."""

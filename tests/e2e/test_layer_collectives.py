@@ -9,8 +9,11 @@ forward and backward with gradients of weights and input. With a cotangent given
 Ring model, k devices: all-gather and reduce-scatter move (k-1)/k of the whole, all-reduce twice.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from sharding import shard
@@ -21,6 +24,10 @@ HEAD = MODEL // HEADS
 F32 = 4
 A = BATCH * SEQ * MODEL * F32  # 64 KiB, small beside the weights: Megatron's own setting
 W = (4 * MODEL * MODEL + 2 * MODEL * HIDDEN) * F32
+
+
+def arr(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32) / 4
 
 
 def weights() -> dict[str, jax.Array]:
@@ -185,3 +192,30 @@ def test_addends_are_reduced_together_where_each_alone_would_not_be() -> None:
     specs = (operands[0],) * 3 + (operands[1],) * 3
     together = check(three, (*x, *w), mesh, specs, P("tensor"))
     assert kinds(together) == {("reduce_scatter", ("tensor",)): (1, 64 * 64 * F32 * 7 / 8)}
+
+
+def test_the_way_back_gathers_gradients_and_keeps_nothing_whole() -> None:
+    """To gather the gradient once, for both of its products, sends what reducing one of them to
+    shards sends; the other one then needs no input that was gathered on the way forward."""
+    layers, width, batch = 4, 64, 4096
+
+    def loss(ws: Any, x: Any) -> Any:
+        for w in ws:
+            y = x @ w
+            for _ in range(6):  # so many operations that the way back is far
+                y = jnp.tanh(y) * y
+            x = shard(y, "data", "tensor")
+        return jnp.mean(x**2)
+
+    args = ([arr(width, width) for _ in range(layers)], arr(batch, width))
+    columns = [P(None, "tensor")] * layers
+    found = check(
+        lambda ws, x: jax.grad(loss)(ws, x), args, make_mesh(data=2, tensor=4),
+        (columns, P("data", "tensor")), columns,
+    )  # fmt: skip
+    counts = kinds(found)
+    gathered = batch // 2 * width * 4 * 3 / 4
+    assert counts["all_gather", ("tensor",)] == (2 * layers - 1, (2 * layers - 1) * gathered)
+    assert ("reduce_scatter", ("tensor",)) not in counts
+    # 5.3 with the inputs of all layers whole until the way back
+    assert found.peak_memory < batch // 2 * width * 4 * 4.5
