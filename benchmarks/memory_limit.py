@@ -3,8 +3,8 @@
     python -m benchmarks.memory_limit --target v5p:2x2x4 --only graph --limit 1
 
 Peak memory and estimated step without a limit and with each: XLA's scheduler takes what memory
-there is in order to start transfers early, and with a limit no more than that. Needs the extra
-`tpu`, and no TPU.
+there is in order to start transfers early, and with a limit no more than that; what is predicted
+not to fit gathers twice what it held between. Needs the extra `tpu`, and no TPU.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.suite.case import Program
 from benchmarks.suite.measure import Result, examine
 from benchmarks.suite.registry import programs
 from benchmarks.suite.systems import bind
@@ -24,9 +25,9 @@ from spmd import jit
 GiB = 2**30
 
 
-def measured(target: Target, name: str, limit: float | None) -> Result:
+def measured(target: Target, program: Program, limit: float | None) -> Result:
     """A program as it is compiled with a limit in GiB."""
-    placed = target.place(next(each for each in programs() if each.name == name))
+    placed = target.place(program)
     bound = bind(placed.case, placed.mesh)
     case = bound.case
     compiled = jit(
@@ -34,7 +35,7 @@ def measured(target: Target, name: str, limit: float | None) -> Result:
         out_shardings=bound.out_shardings, donate_argnums=case.donate,
         memory_limit=None if limit is None else int(limit * GiB),
     ).lower(*case.args).compile()  # fmt: skip
-    result = Result(name)
+    result = Result(program.name)
     examine(result, compiled, dict(bound.mesh.shape), placed.layout)
     return result
 
@@ -42,16 +43,20 @@ def measured(target: Target, name: str, limit: float | None) -> Result:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", default="v5p:2x2x4")
-    names = [each.name for each in programs()]
-    parser.add_argument("--only", action="append", choices=names, help="repeatable")
+    parser.add_argument("--programs", action="append", help="of this module, not of the suite")
+    parser.add_argument("--only", action="append", help="repeatable; default: graph")
     parser.add_argument("--limit", type=float, action="append", help="GiB; repeatable")
     args = parser.parse_args(argv)
     target = Target(args.target)
     target.prepare()
     table = Table("program", "memory_limit, GiB", "peak, GB", "estimated step, ms", "wire, MB")
-    cases = [(n, x) for n in args.only or ["graph"] for x in (None, *(args.limit or [1.0]))]
+    known = {each.name: each for each in programs(args.programs or ())}
+    names = args.only or ["graph"]
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"no programs {', '.join(unknown)}; there are {', '.join(known)}")
+    cases = [(name, x) for name in names for x in (None, *(args.limit or [1.0]))]
     for name, limit in track(cases, "compiling", console=Console(stderr=True)):
-        found = measured(target, name, limit)
+        found = measured(target, known[name], limit)
         peak, step, wire = found.peak_bytes, found.estimated_s, found.wire_bytes
         assert peak is not None and step is not None and wire is not None
         told = "-" if limit is None else f"{limit:g}"
