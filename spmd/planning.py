@@ -68,9 +68,12 @@ class _Planning(NamedTuple):
 
     def smaller(self, plan: ProgramPlan, limit: int) -> ProgramPlan:
         """Of the ways to hold less the one that fits and sends least, or that holds least."""
-        others = [self.planned(without=without) for without in _FOR_MEMORY]
-        found = [(self.peak(each), each) for each in (plan, *others)]
-        for each in (plan, *others) if self.options.on("regathers") else ():
+        plans = [plan]
+        for without in _FOR_MEMORY:
+            other = self.planned(without=without)
+            plans += [other] if all(other.body != each.body for each in plans) else []
+        found = [(self.peak(each), each) for each in plans]
+        for each in plans if self.options.on("regathers") else ():
             if each is plan or all(size > limit for size, _ in found):
                 again = regathered(each, self.ordered, limit)
                 found.append((self.peak(again), again))

@@ -24,6 +24,8 @@ from spmd.partition.plan import Compute, Key, Move, ProgramPlan
 
 # Each round lets go at the place where most is held by then; a program has a few such places.
 _ROUNDS = 32
+# Operations with one operand, one after the other, between a value and what waits for another.
+_DEEPEST = 3
 
 
 class _Late(NamedTuple):
@@ -52,48 +54,95 @@ def regathered(
       limit: bytes per device that the peak may be.
     """
     found = ordered(plan)
+    useless: set[Key] = set()
     for _ in range(_ROUNDS):
         missing = found.memory.peak - limit
         if missing <= 0:
             break
         chosen: list[_Late] = []
-        for late in sorted(_late(plan, found), key=lambda late: -late.held):
-            if missing <= 0:
-                break
-            chosen.append(late)
-            missing -= late.held
-        changed = _again(plan, chosen) if chosen else plan
-        after = ordered(changed)
-        if after.memory.peak >= found.memory.peak:
+        for late in sorted(_Search(plan, found).run(), key=lambda late: -late.held):
+            if missing > 0 and late.key not in useless:
+                chosen.append(late)
+                missing -= late.held
+        if not chosen:
             break
-        plan, found = changed, after
+        changed = _again(plan, chosen)
+        after = ordered(changed)
+        if _above(after, limit) < _above(found, limit):
+            plan, found = changed, after
+        else:
+            useless |= {late.key for late in chosen}
     return plan
 
 
-def _late(plan: ProgramPlan, found: Ordered) -> Iterator[_Late]:
-    """Gathered values that are held where most is, and read by nobody there."""
-    place = {id(one): i for i, one in enumerate(plan.body.code)}
-    top = [line for line in found.lines if line.parent < 0]
-    makers = {key: line.index for line in top for key in line.writes}
-    moves = {key: line.instruction for line in top for key in line.writes}
-    readers: dict[Key, list[Line]] = {key: [] for key in makers}
-    for line in top:
-        for key in {*line.reads} & readers.keys():
-            readers[key].append(line)
-    at, leaving = found.memory.at, {*plan.body.outputs}
-    for buffer in found.memory.live(at):
-        key, move = buffer.key, moves.get(buffer.key)
-        if not isinstance(move, Move) or not _gathers(move) or key in leaving:
-            continue
-        later = [line for line in readers[key] if line.index > at]
-        here = makers[key] == at or any(line.index == at for line in readers[key])
-        if here or not later or not all(isinstance(line.instruction, Compute) for line in later):
-            continue
-        first, *others = sorted(later, key=lambda line: place[id(line.instruction)])
-        waited = [k for k in first.reads if k != key and makers.get(k, 0) > at]
-        if waited:
-            places = tuple(place[id(line.instruction)] for line in (first, *others))
-            yield _Late(key, move, buffer.bytes, places, max(waited, key=makers.__getitem__))
+def _above(found: Ordered, limit: int) -> int:
+    """Bytes above the limit, at all places together: two that are alike are one by one less."""
+    return sum(max(held - limit, 0) for held in found.memory.over)
+
+
+class _Search:
+    """Gathered values that are held where most is, and that nobody reads there.
+
+    Attributes:
+      at: number of the line where most is held, of a loop if that is inside of it.
+      made: number of the line at the top that makes a value.
+      place: of the instructions in the body, by id.
+    """
+
+    def __init__(self, plan: ProgramPlan, found: Ordered):
+        self.plan, self.memory = plan, found.memory
+        lines = {line.index: line for line in found.lines}
+        line = lines[found.memory.at]
+        while line.parent >= 0:
+            line = lines[line.parent]
+        self.at = line.index
+        top = [line for line in found.lines if line.parent < 0]
+        self.made = {key: line for line in top for key in line.writes}
+        self.readers: dict[Key, list[Line]] = {key: [] for key in self.made}
+        for line in top:
+            for key in {*line.reads} & self.readers.keys():
+                self.readers[key].append(line)
+        self.place = {id(one): i for i, one in enumerate(plan.body.code)}
+
+    def run(self) -> Iterator[_Late]:
+        leaving = {*self.plan.body.outputs}
+        for buffer in self.memory.live(self.memory.at):
+            key, made = buffer.key, self.made.get(buffer.key)
+            move = made.instruction if made is not None else None
+            if made is None or not isinstance(move, Move) or not _gathers(move) or key in leaving:
+                continue
+            readers = self.readers[key]
+            later = sorted(
+                (line for line in readers if line.index > self.at), key=self.place_of
+            )
+            here = self.at in {made.index, *(line.index for line in readers)}
+            if here or not later or not all(isinstance(r.instruction, Compute) for r in later):
+                continue
+            after = self.waited(later[0], key, self.place_of(later[0]), _DEEPEST)
+            if after is not None:
+                yield _Late(key, move, buffer.bytes, tuple(map(self.place_of, later)), after)
+
+    def place_of(self, line: Line) -> int:
+        return self.place[id(line.instruction)]
+
+    def waited(self, reader: Line, key: Key, place: int, depth: int) -> Key | None:
+        """What a reader needs as well, that is made late, and in the program before a place; of one
+        that needs nothing else, what its own readers need."""
+        others = [k for k in reader.reads if k != key and k in self.made]
+        late = [
+            k for k in others
+            if self.made[k].index > self.at and self.place_of(self.made[k]) < place
+        ]  # fmt: skip
+        if late:
+            return max(late, key=lambda k: self.made[k].index)
+        if others or not depth:
+            return None
+        for made in reader.writes:
+            for line in self.readers[made]:
+                found = self.waited(line, made, place, depth - 1)
+                if found is not None:
+                    return found
+        return None
 
 
 def _gathers(move: Move) -> bool:

@@ -115,9 +115,10 @@ def _by_parts(
     """Two dims that swap axes of different sizes: a part of the larger goes over by an all-to-all,
     so that both have as many shards as they should, and then shards change places. None where no
     two dims do."""
-    fine = refine(mesh, _swapped_parts(src, dst, mesh))
-    if fine == mesh:
+    parts = _swapped_parts(src, dst, mesh)
+    if not parts:
         return None
+    fine = refine(mesh, parts)
     begin, end = (
         Layout(tuple(refine_refs(mesh, fine, axes) for axes in layout.dims), layout.partial)
         for layout in (src, dst)

@@ -92,7 +92,8 @@ def _region(region: RegionPlan, problems: list[Problem], sums: Collection[int]) 
 
     for instruction in region.code:
         if isinstance(instruction, Move):
-            _move(instruction, all(map(readable, instruction.reads)), problems)
+            problems += [_unknown(k, None) for k in instruction.reads if not readable(k)]
+            _move(instruction, problems)
             known.add((instruction.value.id, instruction.dst, instruction.copy))
             continue
         for key in instruction.operands:
@@ -182,9 +183,7 @@ def _compute(instruction: Compute, mesh: MeshShape, problems: list[Problem]) -> 
         )
 
 
-def _move(move: Move, known: bool, problems: list[Problem]) -> None:
-    if not known:
-        problems.append(_unknown(Key(move.value, move.src), None))
+def _move(move: Move, problems: list[Problem]) -> None:
     end = move.plan.steps[-1].after if move.plan.steps else move.src
     if end != move.dst:
         problems.append(_leak(move.value, move.dst, f"ends as {end}"))
