@@ -84,8 +84,9 @@ class _Search:
     """Gathered values that are held where most is, and that nobody reads there.
 
     Attributes:
-      at: number of the line where most is held, of a loop if that is inside of it.
-      made: number of the line at the top that makes a value.
+      at: number of the line where most is held, of the loop if that is inside of one.
+      made: the line at the top that makes a value.
+      readers: the lines at the top that read it.
       place: of the instructions in the body, by id.
     """
 
