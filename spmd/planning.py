@@ -64,7 +64,7 @@ class _Planning(NamedTuple):
         return liveness.ordered(plan, self.donated, compiler_of(self.options.mesh))
 
     def peak(self, plan: ProgramPlan) -> int:
-        return self.ordered(plan).memory.peak
+        return peak_bytes(plan, self.donated, self.options)
 
     def smaller(self, plan: ProgramPlan, limit: int) -> ProgramPlan:
         """Of the ways to hold less the one that fits and sends least, or that holds least."""
@@ -72,13 +72,12 @@ class _Planning(NamedTuple):
         for without in _FOR_MEMORY:
             other = self.planned(without=without)
             plans += [other] if all(other.body != each.body for each in plans) else []
-        found = [(self.peak(each), each) for each in plans]
-        for each in plans if self.options.on("regathers") else ():
-            if each is plan or all(size > limit for size, _ in found):
-                again = regathered(each, self.ordered, limit)
-                found.append((self.peak(again), again))
-        fits = [each for size, each in found if size <= limit]
-        return min(fits, key=sent) if fits else min(found, key=lambda pair: pair[0])[1]
+        found = [(each, self.ordered(each)) for each in plans]
+        for each, order in [*found] if self.options.on("regathers") else ():
+            if each is plan or all(other.memory.peak > limit for _, other in found):
+                found.append(regathered(each, order, self.ordered, limit))
+        fits = [each for each, order in found if order.memory.peak <= limit]
+        return min(fits, key=sent) if fits else min(found, key=lambda pair: pair[1].memory.peak)[0]
 
 
 def peak_bytes(plan: ProgramPlan, donated: Sequence[bool], options: Options) -> int:

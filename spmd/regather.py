@@ -45,15 +45,15 @@ class _Late(NamedTuple):
 
 
 def regathered(
-    plan: ProgramPlan, ordered: Callable[[ProgramPlan], Ordered], limit: int
-) -> ProgramPlan:
+    plan: ProgramPlan, found: Ordered, ordered: Callable[[ProgramPlan], Ordered], limit: int
+) -> tuple[ProgramPlan, Ordered]:
     """The plan with as few values gathered twice as it takes to fit, or with all that help.
 
     Args:
-      ordered: the instructions of a plan in the order in which they run, and the memory.
+      found: its instructions in the order in which they run, and the memory.
+      ordered: gives that of other plans.
       limit: bytes per device that the peak may be.
     """
-    found = ordered(plan)
     useless: set[Key] = set()
     for _ in range(_ROUNDS):
         missing = found.memory.peak - limit
@@ -72,7 +72,7 @@ def regathered(
             plan, found = changed, after
         else:
             useless |= {late.key for late in chosen}
-    return plan
+    return plan, found
 
 
 def _above(found: Ordered, limit: int) -> int:

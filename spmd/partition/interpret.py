@@ -28,19 +28,18 @@ def per_device(plan: ProgramPlan) -> Callable[..., tuple[Any, ...]]:
 
 def _region(region: RegionPlan, args: Sequence[Any]) -> list[Any]:
     mesh = region.mesh
-    env: dict[tuple[int, Any, int], Any] = {}
+    env: dict[Key, Any] = {}
 
     def read(key: Key) -> Any:
-        if key.value.const is not None and (key.value.id, *key[1:]) not in env:
+        if key.value.const is not None and key not in env:
             assert not key.layout.partial, "every device would add the whole of it"
             return constant(key.value)
-        return env[key.value.id, *key[1:]]
+        return env[key]
 
     for value, layout, arg in zip(region.region.inputs, region.inputs, args, strict=True):
-        env[value.id, layout, 0] = arg
+        env[Key(value, layout)] = arg
     for instruction in region.code:
-        for key, x in execute(instruction, mesh, read):
-            env[key.value.id, *key[1:]] = x
+        env.update(execute(instruction, mesh, read))
     return [read(key) for key in region.outputs]
 
 

@@ -79,29 +79,29 @@ def check_gather(
 def _region(region: RegionPlan, problems: list[Problem], sums: Collection[int]) -> None:
     """`sums`: ids of the inputs and outputs that a loop carries as sums."""
     mesh = region.mesh
-    known: set[tuple[int, Layout, int]] = set()
+    known: set[Key] = set()
     read = {v.id for i in region.code for v in _read(i)}
     for value, layout in zip(region.region.inputs, region.inputs, strict=True):
-        known.add((value.id, layout, 0))
+        known.add(Key(value, layout))
         _layout(value, layout, mesh, problems)
         if layout.partial and value.id not in sums and value.id in read:
             problems.append(_leak(value, layout, "enters a region"))
 
     def readable(key: Key) -> bool:
-        return key.value.const is not None or (key.value.id, *key[1:]) in known
+        return key.value.const is not None or key in known
 
     for instruction in region.code:
         if isinstance(instruction, Move):
             problems += [_unknown(k, None) for k in instruction.reads if not readable(k)]
             _move(instruction, problems)
-            known.add((instruction.value.id, instruction.dst, instruction.copy))
+            known.update(instruction.writes)
             continue
         for key in instruction.operands:
             if not readable(key):
                 problems.append(_unknown(key, instruction))
         for key in instruction.results:
             _layout(key.value, key.layout, mesh, problems)
-            known.add((key.value.id, *key[1:]))
+            known.add(key)
         if instruction.op.control is None and not instruction.op.rule.elementary:
             _compute(instruction, mesh, problems)
         for i, inner in enumerate(instruction.regions):
