@@ -74,6 +74,8 @@ def test_the_second_gather_waits_and_is_told_apart() -> None:
     made = {key for i in found.plan.body.code for key in i.writes}
     read = {key for i in found.plan.body.code for key in i.reads}
     assert all(move.after[0] in made and move.writes[0] in read for move in later)
+    barriers = found.lower().as_text().count(":2 = stablehlo.optimization_barrier")
+    assert barriers == len(later)  # each of a shard and of what it waits for
     text = str(found)
     assert all(f"of [fsdp, -], after {move.after[0].value}" in text for move in later)
 
