@@ -64,6 +64,7 @@ class Control:
       counted: `trips` of a loop is how often it runs; otherwise nobody knows before.
       exclusive: one of the regions runs, not all of them.
       manual: params -> axes that become manual in the regions.
+      trees: operands and results of `build` and of the regions may be pytrees.
       enter: with manual axes, a primitive for the identity on each operand: what this equation
         demands of its layout is demanded of no other reader.
     """
@@ -77,6 +78,7 @@ class Control:
     counted: bool = False
     exclusive: bool = False
     manual: Callable[[Mapping[str, Any]], Manual | None] = lambda params: None
+    trees: bool = False
     enter: Any = None
 
 

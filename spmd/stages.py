@@ -341,7 +341,7 @@ class Partitioned(Inspection):
         propagated, given = self.propagated, self.propagated.traced.annotated
         flags = [] if _jit.looks_for_nans() else propagated.traced.donated
         options: dict[str, Any] = {
-            "compiler_options": compiler_options(self.options) or None,
+            "compiler_options": compiler_options(self.options, self.plan) or None,
             "donate_argnums": tuple(i for i, d in enumerate(flags) if d),
             "keep_unused": self.options.keep_unused,
         }

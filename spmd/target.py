@@ -16,6 +16,7 @@ from spmd.partition.products import keep_products
 from spmd.partition.scatters import split_scatters
 from spmd.partition.stacks import own_stacks
 from spmd.partition.transposed import reduce_transposed
+from spmd.streams import in_streams, streams
 
 
 def chip_of(mesh: Any) -> Chip | None:
@@ -60,12 +61,17 @@ def suited(plan: ProgramPlan, options: Options) -> ProgramPlan:
     for name, change in _SUITED.get(chip.family, ()):
         needless = name in _UNLESS_KEPT and (chip.scatters or "async_collectives" in _told(options))
         plan = change(plan) if options.on(name) and not needless else plan
+    beside = options.on("async_collectives") or not chip.options
+    if chip.family == "tpu" and options.on("streams") and beside:
+        plan = in_streams(plan, chip)
     return plan
 
 
-def compiler_options(options: Options) -> dict[str, Any]:
-    """What XLA is told: the options of the chip, and those that the user gave, which win."""
+def compiler_options(options: Options, plan: ProgramPlan | None = None) -> dict[str, Any]:
+    """What XLA is told: the options of the chip and, of a plan in streams, not to join them again;
+    and those that the user gave, which win."""
     told = {name: value for found in _told(options).values() for name, value in found.items()}
+    told |= _APART if plan is not None and streams(plan) else {}
     return {**told, **dict(options.compiler_options)}
 
 
@@ -75,6 +81,8 @@ _PURPOSES = {
         "collectives beside computation, which TPUs with SparseCores are asked for",
     "bounded_schedule": "an order of operations within memory_limit, which TPUs are asked for",
 }
+# Sums of this many bytes are not combined: XLA for TPUs makes one of those of two streams.
+_APART = {"xla_jf_crs_combiner_threshold_in_bytes": "1000000"}
 # Above this part of the memory, in percent, the scheduler is left to its own limit.
 _OWN_LIMIT = 90
 

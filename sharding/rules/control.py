@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import jax
 from jax import lax
 
 from sharding import _jax
@@ -74,6 +75,7 @@ register_control(
         build=_build_scan,
         trips=lambda op: op.params["length"],
         counted=True,
+        trees=True,
     ),
 )
 
@@ -206,28 +208,39 @@ def _build_remat(
 ) -> Sequence[Any]:
     # jax.checkpoint would mark the body as not differentiated, and XLA would then merge the
     # recomputation with the forward pass: the original parameters are kept.
-    jaxpr, consts = _jax.body_jaxpr(lambda *xs: tuple(bodies[0](*xs)), args)
+    flat, tree = jax.tree.flatten(tuple(args))
+    made: Any = None
+
+    def body(*xs: Any) -> tuple[Any, ...]:
+        nonlocal made
+        found, made = jax.tree.flatten([*bodies[0](*jax.tree.unflatten(tree, xs))])
+        return tuple(found)
+
+    jaxpr, consts = _jax.body_jaxpr(body, flat)
     prevent = params["prevent_cse"]  # for all operands alike, or for each
     if not isinstance(prevent, bool):
-        params = {**params, "prevent_cse": (True,) * len(consts) + tuple(prevent)}
-    return _jax.remat_p.bind(*consts, *args, **{**params, "jaxpr": jaxpr})
+        each = (p for p, x in zip(prevent, args, strict=True) for _ in jax.tree.leaves(x))
+        params = {**params, "prevent_cse": (True,) * len(consts) + tuple(each)}
+    found = _jax.remat_p.bind(*consts, *flat, **{**params, "jaxpr": jaxpr})
+    return jax.tree.unflatten(made, found)
 
 
 def _same(op: Any, count: int) -> Sequence[Port]:
     return [Port(i, 0, i) for i in range(count)]
 
 
-def _call(body: str, build: Callable[..., Sequence[Any]]) -> Control:
+def _call(body: str, build: Callable[..., Sequence[Any]], trees: bool = False) -> Control:
     """A call that means something to the compiler: its body stays together."""
     return Control(
         bodies=lambda params: [_jax.closed(params[body])],
         inputs=lambda op: _same(op, len(op.inputs)),
         outputs=lambda op: _same(op, len(op.outputs)),
         build=build,
+        trees=trees,
     )
 
 
-register_control(_jax.remat_p, _call("jaxpr", _build_remat))
+register_control(_jax.remat_p, _call("jaxpr", _build_remat, trees=True))
 for _prim in _jax.available("compute_on_p", "xla_metadata_call_p"):
     register_control(_prim, _call("jaxpr", _rebuilt(_prim, "jaxpr")))
 

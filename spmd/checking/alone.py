@@ -16,6 +16,7 @@ from sharding.mesh import MeshShape
 from spmd.checking.shards import from_words, split, to_words, words_layout
 from spmd.checking.unsharded import Words, options
 from spmd.partition.interpret import constant, execute, per_device
+from spmd.partition.parts import joined
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
 
 Instruction = Move | Compute
@@ -119,5 +120,5 @@ def _each(
     found = []
     for instruction in chosen:
         made = dict(execute(instruction, mesh, read))
-        found.append([to_words(made[key]) for key in writes(instruction)])
+        found.append([to_words(joined(made[key])) for key in writes(instruction)])
     return found

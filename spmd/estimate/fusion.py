@@ -160,7 +160,7 @@ class _Fusion:
         if chip is None or not line.contracts or line.wires or _convolves(line):
             return False
         moved = 2 * key.local_bytes(line.mesh) / chip.hbm_bandwidth
-        if name(key) in self.leaving or line.flops.total / rate(line, chip) > moved:
+        if name(key) in self.leaving or line.flops.total / rate(line.instruction, chip) > moved:
             return False
         ends = self.ends(key)
         return len(ends) == 1 and all(

@@ -171,7 +171,7 @@ def compute_seconds(line: Line, kept: Held, chip: Chip) -> float:
     """Seconds of the arithmetic of a line or of its memory traffic, whichever is longer."""
     seconds = traffic(line, kept) / chip.hbm_bandwidth
     if line.flops.total and line.contracts:
-        seconds = max(seconds, line.flops.total / rate(line, chip))
+        seconds = max(seconds, line.flops.total / rate(line.instruction, chip))
     return seconds
 
 

@@ -128,13 +128,13 @@ def _region(
     for instruction in region.code:
         index = len(found)
         if isinstance(instruction, Move):
-            wires = _steps(instruction, region.mesh)
-            found.append(Line(index, parent, instruction, trips, Flops(), wires, region.mesh))
+            sent = _steps(instruction, region.mesh)
+            found.append(Line(index, parent, instruction, trips, Flops(), sent, region.mesh))
             continue
         if not instruction.regions:
-            wires = _wires(instruction, region.mesh, known)
+            sent = wires(instruction, region.mesh, known)
             work = flops(instruction, region.mesh, whole)
-            found.append(Line(index, parent, instruction, trips, work, wires, region.mesh))
+            found.append(Line(index, parent, instruction, trips, work, sent, region.mesh))
             continue
         found.append(Line(index, parent, instruction, trips, Flops(), (), region.mesh))
         _regions(instruction, index, trips, whole, found, known)
@@ -142,8 +142,9 @@ def _region(
 
 def _steps(move: Move, mesh: MeshShape) -> tuple[Wire, ...]:
     """The collectives of a reshard; one that moves nothing needs none."""
+    count = 1 if move.parts is None else move.parts.count
     return tuple(
-        Wire(s.kind, s.axes, max(len(s.parts), 1), s.bytes)
+        Wire(s.kind, s.axes, count * max(len(s.parts), 1), s.bytes)
         for s in move.plan.steps
         if s.kind not in LOCAL and axes_size(mesh, s.axes) > 1 and 0 not in move.value.shape
     )
@@ -205,8 +206,12 @@ def _manual(mesh: MeshShape) -> int:
     return prod(size for _, size in mesh.manual) if mesh.manual else 1
 
 
-def _wires(instruction: Compute, mesh: MeshShape, known: dict) -> tuple[Wire, ...]:
-    """Collectives of a rule's `local` function, or of a collective in a manual region."""
+def wires(instruction: Compute, mesh: MeshShape, known: dict) -> tuple[Wire, ...]:
+    """Collectives of a rule's `local` function, or of a collective in a manual region.
+
+    Args:
+      known: what was found before, to which this is added.
+    """
     op, assigned = instruction.op, instruction.assignment
     rule = op.rule
     sharded = any(axes for _, axes in assigned.factors)
@@ -271,9 +276,9 @@ def totals(found: tuple[Line, ...]) -> Mapping[tuple[str, tuple[str, ...]], tupl
     return {key: value for key, value in merged.items() if value[0]}
 
 
-def rate(line: Line, chip: Chip) -> float:
+def rate(found: Move | Compute, chip: Chip) -> float:
     """FLOP/s of a contraction: of its operands' dtype, or the nearest that the chip multiplies."""
-    found, known = line.instruction, dict(chip.flops)
+    known = dict(chip.flops)
     assert isinstance(found, Compute)
     dtype = str(found.operands[0].value.dtype)
     exact = found.op.params.get("precision") not in (None, _DEFAULT, (_DEFAULT, _DEFAULT))

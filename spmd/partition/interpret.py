@@ -1,6 +1,7 @@
 """Carries out a plan: the one loop that emits the per-device program, under `shard_map`."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,9 +10,9 @@ import numpy as np
 
 from sharding import _jax
 from sharding.mesh import MeshShape
-from sharding.program import Value
-from spmd.partition.apply import apply
+from sharding.program import Op, Value
 from spmd.partition.local import LocalView
+from spmd.partition.parts import build_in_parts, in_parts, joined, moved
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
 from spmd.partition.stacks import build_apart
 from spmd.partition.verify import check_local_shape
@@ -21,7 +22,7 @@ def per_device(plan: ProgramPlan) -> Callable[..., tuple[Any, ...]]:
     """A traceable function of local arguments, with explicit collectives."""
 
     def run(*args: Any) -> tuple[Any, ...]:
-        return tuple(_region(plan.body, args))
+        return tuple(map(joined, _region(plan.body, args)))
 
     return run
 
@@ -56,7 +57,7 @@ def execute(
                 x = jnp.asarray(x, value.dtype)
             if instruction.after:  # or the compiler makes one of this and what it repeats
                 x, *_ = jax.lax.optimization_barrier((x, *map(read, instruction.after)))
-            x = apply(instruction.plan.steps, x, src, value.shape, mesh)
+            x = moved(instruction, x, mesh)
         return [(instruction.writes[0], x)]
     with _at(instruction.op):
         results = _compute(instruction, mesh, [read(key) for key in instruction.operands])
@@ -70,15 +71,27 @@ def execute(
 def _compute(instruction: Compute, mesh: MeshShape, operands: Sequence[Any]) -> Sequence[Any]:
     op = instruction.op
     with _jax.equation_context(op.eqn):
+        build = build_apart if instruction.apart else _build
+        if instruction.parts is not None and op.control is not None:
+            (region,) = instruction.regions
+            return build_in_parts(instruction, partial(_region, region), operands, build)
+        if instruction.parts is not None:
+            return in_parts(instruction, operands, mesh)
+        operands = [*map(joined, operands)]
         if op.control is None:
             return LocalView(instruction, mesh).run(operands)
         bodies = [
-            lambda *args, region=region: _region(region, args)
+            lambda *args, region=region: [*map(joined, _region(region, args))]
             for region in instruction.regions
         ]
-        if instruction.apart:
-            return build_apart(op, bodies, operands)
-        return op.control.build(op.params, bodies, operands)
+        return build(op, bodies, operands)
+
+
+def _build(
+    op: Op, bodies: Sequence[Callable[..., Sequence[Any]]], operands: Sequence[Any]
+) -> Sequence[Any]:
+    assert op.control is not None
+    return op.control.build(op.params, bodies, operands)
 
 
 def constant(value: Value) -> Any:

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sharding.mesh import MeshShape, axes_size
+from sharding.mesh import MeshShape, axes_size, axis_size
 from sharding.monoid import identity
-from sharding.parts import times, where
+from sharding.parts import plus, times, where
 from sharding.program import Op
 from sharding.rule import Kind
 from spmd.partition.apply import all_gather, linear_index, on_first_device, reduce_over
 from spmd.partition.halo import fetch
-from spmd.partition.plan import Compute, shards_of
+from spmd.partition.plan import PART, Compute, shards_of
 from spmd.partition.verify import check_gather
 
 # Parameters that hold shardings on the global mesh: meaningless at local shapes.
@@ -24,10 +24,14 @@ _AXIS_PARAMS = ("axes", "axis_name")
 
 
 class LocalView:
-    """Implements `sharding.local.Local` for one instruction."""
+    """Implements `sharding.local.Local` for one instruction.
 
-    def __init__(self, instruction: Compute, mesh: MeshShape):
-        self.instruction = instruction
+    Args:
+      part: this one's place along `PART`, an axis that parts of an array lie along, not devices.
+    """
+
+    def __init__(self, instruction: Compute, mesh: MeshShape, part: int = 0):
+        self.instruction, self.part = instruction, part
         self.op: Op = instruction.op
         self.rule = instruction.op.rule
         self.mesh = mesh
@@ -62,7 +66,11 @@ class LocalView:
         return not self.unread or not self.unread[result]
 
     def index(self, axes: tuple[str, ...]) -> Any:
-        return linear_index(axes, self.mesh)
+        if PART not in axes:
+            return linear_index(axes, self.mesh)
+        assert axes[-1] == PART, "parts are those of what a device has"
+        place = times(linear_index(axes[:-1], self.mesh), axis_size(self.mesh, PART))
+        return plus(place, self.part)
 
     def uneven(self, factor: str) -> bool:
         return self.rule.factors[factor].size % self.shards(factor) != 0

@@ -14,6 +14,9 @@ from sharding.rule import Rule
 from sharding.spec import Layout
 from spmd.partition.reshard import Plan, local_bytes
 
+# An axis that no mesh has: along it lie the parts of what one device has, see `Parts`.
+PART = "%part"
+
 
 class Assignment(NamedTuple):
     """Which mesh axes shard which factors of an equation.
@@ -52,6 +55,23 @@ class Key(NamedTuple):
         return local_bytes(self.layout, self.value.shape, self.value.itemsize, mesh)
 
 
+class Parts(NamedTuple):
+    """How an instruction runs in equal parts, one after the other: see `streams`.
+
+    Attributes:
+      count: how many there are.
+      operands: per operand the dim that is divided; None: each part reads all of it.
+      results: per result the same; None: the parts' results are addends of it, or it is whole.
+      factor: of the equation, that those dims are; "" for a `Move`, and for a loop or a call, to
+        which values come in parts and which leaves some so.
+    """
+
+    count: int
+    operands: tuple[int | None, ...]
+    results: tuple[int | None, ...]
+    factor: str = ""
+
+
 @dataclass(frozen=True)
 class Move:
     """Reshards a value; `plan` may be empty of collectives (a local slice).
@@ -60,6 +80,7 @@ class Move:
       reason: the op that needs it; None at the program's boundary.
       copy: of the result, see `Key`.
       after: what has to be there before it starts.
+      parts: of the value, each with collectives of its own; None: it is moved whole.
     """
 
     value: Value
@@ -69,6 +90,7 @@ class Move:
     reason: Op | None
     copy: int = 0
     after: tuple[Key, ...] = ()
+    parts: Parts | None = None
 
     @property
     def reads(self) -> tuple[Key, ...]:
@@ -89,6 +111,7 @@ class Compute:
         where there was nothing to choose.
       apart: the compiler must not merge it with others: a product with what reads it (see
         `products`), what a loop stacks with what another does (see `stacks`).
+      parts: in which the equation runs; None: whole.
     """
 
     op: Op
@@ -99,6 +122,7 @@ class Compute:
     unread: tuple[bool, ...] = ()
     asked: tuple[Any, ...] = ()
     apart: bool = False
+    parts: Parts | None = None
 
     @property
     def reads(self) -> tuple[Key, ...]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import jax
 from jax import lax
 
 from sharding.program import Op
@@ -51,11 +52,19 @@ def build_apart(
     def lifted(i: int) -> Callable[..., Sequence[Any]]:
         def body(*args: Any) -> Sequence[Any]:
             return [
-                lax.expand_dims(x, (0,)) if (i, place) in stacked else x
+                jax.tree.map(_lifted, x) if (i, place) in stacked else x
                 for place, x in enumerate(bodies[i](*args))
             ]
 
         return body
 
     results = op.control.build(op.params, [lifted(i) for i in range(len(bodies))], operands)
-    return [lax.squeeze(x, (1,)) if i in outer else x for i, x in enumerate(results)]
+    return [jax.tree.map(_lowered, x) if i in outer else x for i, x in enumerate(results)]
+
+
+def _lifted(x: Any) -> Any:
+    return lax.expand_dims(x, (0,))
+
+
+def _lowered(x: Any) -> Any:
+    return lax.squeeze(x, (1,))

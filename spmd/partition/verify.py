@@ -41,7 +41,8 @@ def check_local_shape(key: Key, x: Any, instruction: Compute, mesh: MeshShape) -
     if not ENABLED:
         return
     expected = key.layout.local_shape(key.value.shape, mesh)
-    made = jax.typeof(x)  # a primitive that hands back what it was given may hand back a literal
+    # A primitive that hands back what it was given may hand back a literal.
+    made = x if hasattr(x, "shape") else jax.typeof(x)
     if made.shape != expected or made.dtype != key.value.dtype:
         raise VerificationError(
             Problem(

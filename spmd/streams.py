@@ -1,0 +1,316 @@
+"""`streams`: what leads from collective to collective runs in two parts, one beside the other.
+
+In a layer whose weights are sharded over `tensor`, everything waits for one sum after the other:
+the way forward is a chain. Where examples or positions do not meet between those sums, half of them
+can be computed while the sum of the other half is on its way:
+
+    a device   attention of A | attention of B | feed-forward of A | feed-forward of B
+    its links                 | sum of A       | sum of B          | sum of A ...
+
+Nothing is sent twice, and no product is another one. Parts of a batch that overlap so are known
+from Domino (arXiv 2409.15241) and, by hand, from serving; Wang et al. (ASPLOS 2023) decompose
+products into rings of permutes instead.
+
+Which dim can be divided so follows from the rules: one that a collective leaves as it is, followed
+through every equation that computes its elements each on its own. Others (attention along a
+sequence, a loss, gradients of weights) are computed whole, from both parts.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from spmd.chips import Chip
+from spmd.estimate.work import flops, rate, wires
+from spmd.partition.linear import multiplies
+from spmd.partition.parts import part_of, parts_of, with_parts
+from spmd.partition.plan import PART, Compute, Key, Move, Parts, ProgramPlan, RegionPlan
+
+COUNT = 2
+# Seconds that a collective takes at least for parts of it to be worth starting.
+_LEAST = 2e-5
+
+
+class _Stream(NamedTuple):
+    """Instructions of a region that can run in parts.
+
+    Attributes:
+      parts: of each instruction, by its place.
+      wire: seconds of their collectives that the compiler runs beside computation.
+      products: seconds of their products.
+      joined: seconds to write and read again what others read whole, or have made whole.
+    """
+
+    parts: Mapping[int, Parts]
+    wire: float
+    products: float
+    joined: float
+
+    @property
+    def gain(self) -> float:
+        """Seconds that it saves: at best, all of one part's collectives are hidden."""
+        return min(self.wire, self.products) / COUNT - self.joined
+
+
+def in_streams(plan: ProgramPlan, chip: Chip) -> ProgramPlan:
+    """The plan with instructions in parts where that hides collectives.
+
+    What a loop stacks in parts costs nothing where another loop takes it so. Whether one does shows
+    when that is decided; so all is decided both ways, and what saves more is kept.
+    """
+    tries = [_Streams(plan, chip, stacks) for stacks in (True, False)]
+    made = [(each.region(plan.body, {}, 1)[0], each.gain) for each in tries]
+    body, gain = max(made, key=lambda pair: pair[1])
+    return replace(plan, body=body) if gain > 0 else plan
+
+
+def streams(plan: ProgramPlan) -> bool:
+    """Whether anything of a plan runs in parts."""
+    return any(one.parts is not None for one, _ in plan.body.walk())
+
+
+class _Streams:
+    """Decides for the regions of a program, in order.
+
+    Attributes:
+      stacks: whether loops may stack in parts.
+      gain: seconds saved so far.
+      known: of `wires`.
+    """
+
+    def __init__(self, plan: ProgramPlan, chip: Chip, stacks: bool):
+        self.whole, self.chip, self.stacks = plan.mesh, chip, stacks
+        self.gain = 0.0
+        self.known: dict[Any, Any] = {}
+
+    def region(
+        self, body: RegionPlan, given: Mapping[Key, int], trips: int, loop: Compute | None = None
+    ) -> tuple[RegionPlan, Mapping[Key, int]]:
+        """A region with instructions in parts, and the dims along which values in it lie in parts.
+
+        Args:
+          given: those of its inputs.
+          trips: how often it runs.
+          loop: that it is the body of.
+        """
+        search = _Search(body, given, self, loop)
+        parts = dict(search.run())
+        self.gain += trips * search.saved
+        lie, passed, code = dict(given), {*given}, []
+        for i, one in enumerate(body.code):
+            if i in parts:
+                one = replace(one, parts=parts[i])
+            elif isinstance(one, Compute) and one.regions:
+                one = self.control(one, lie, trips)
+            if one.parts is not None:
+                dims = zip(one.writes, one.parts.results, strict=True)
+                lie |= {key: dim for key, dim in dims if dim is not None}
+                passed |= {*one.writes} if i not in parts else set()
+            code.append(one)
+        whole = {k for one in code if one.parts is None for k in one.reads if k in passed & {*lie}}
+        self.gain -= trips * sum(map(search.twice, whole))
+        return replace(body, code=tuple(code)), lie
+
+    def control(self, one: Compute, lie: Mapping[Key, int], trips: int) -> Compute:
+        """A loop, call or branch with its regions in parts."""
+        control = one.op.control
+        assert control is not None
+        inner = trips * control.trips(one.op)
+        if not control.trees:
+            return replace(one, regions=tuple(self.region(r, {}, inner)[0] for r in one.regions))
+        (before,), saved = one.regions, self.gain
+        dims = [
+            None if key not in lie or (p.stacked and not lie[key]) else lie[key]
+            for p in one.op.in_ports for key in (one.operands[p.outer],)
+        ]  # fmt: skip
+        body, made = self.region(before, self._given(one, before, dims), inner, one)
+        carries = {i: made.get(body.outputs[out]) for _, out, i in control.carries(one.op)}
+        if any(dims[i] != dim for i, dim in carries.items()):
+            dims, self.gain = [carries.get(i, dim) for i, dim in enumerate(dims)], saved
+            body, made = self.region(before, self._given(one, before, dims), inner, one)
+        results = []
+        for port in one.op.out_ports:
+            dim = made.get(body.outputs[port.inner])
+            results.append(dim + 1 if port.stacked and dim is not None else dim)
+        for _, out, i in control.carries(one.op):
+            results[out] = dims[i]
+        if not any(dim is not None for dim in (*dims, *results)):
+            return replace(one, regions=(body,))
+        return replace(one, regions=(body,), parts=Parts(COUNT, tuple(dims), tuple(results)))
+
+    def _given(
+        self, one: Compute, body: RegionPlan, dims: Sequence[int | None]
+    ) -> Mapping[Key, int]:
+        """Inputs of a region that come in parts, of the dims of operands."""
+        inputs = [Key(v, x) for v, x in zip(body.region.inputs, body.inputs, strict=True)]
+        given = {}
+        for port in one.op.in_ports:
+            dim = dims[port.outer]
+            if dim is not None:
+                given[inputs[port.inner]] = dim - 1 if port.stacked else dim
+        return given
+
+
+class _Search:
+    """Streams of one region.
+
+    Attributes:
+      around: places of the instructions that make or read a value.
+      waits: seconds of moves whose collectives the compiler runs beside computation, by place.
+      ties: what a loop's step leaves to the next one, by the input that it becomes.
+      free: outputs that stay in parts at no cost.
+    """
+
+    def __init__(
+        self, body: RegionPlan, given: Mapping[Key, int], streams: _Streams, op: Compute | None
+    ):
+        self.body, self.given, self.streams, self.chip = body, given, streams, streams.chip
+        self.around: dict[Key, dict[int, None]] = {}
+        for i, one in enumerate(body.code):
+            for key in (*one.reads, *one.writes):
+                self.around.setdefault(key, {})[i] = None
+        self.leaving, self.saved = {*body.outputs}, 0.0
+        self.ties: dict[Key, Key] = {}
+        self.free: set[Key] = set()
+        if op is not None and op.op.control is not None:
+            inputs = [Key(v, x) for v, x in zip(body.region.inputs, body.inputs, strict=True)]
+            for _, out, inner in op.op.control.carries(op.op):
+                self.ties[inputs[inner]] = body.outputs[out]
+            if streams.stacks:
+                ends = {out for _, out, _ in op.op.control.carries(op.op)}
+                self.free = {k for i, k in enumerate(body.outputs) if i not in ends}
+        chain = self._chain()
+        found = ((i, self._wire(one)) for i, one in enumerate(body.code) if i in chain)
+        self.waits = {i: seconds for i, seconds in found if seconds > _LEAST * COUNT}
+
+    def _chain(self) -> set[int]:
+        """Places of instructions between products, of this step of a loop or of those around it.
+        Others can be early, as gathers of weights, or late, as sums of their gradients."""
+        code = self.body.code
+        made, asked = {*self.ties}, {*self.ties.values()}
+        after, before = set(), set()
+        for i, one in enumerate(code):
+            if self._multiplies(one) or not made.isdisjoint(one.reads):
+                made.update(one.writes)
+                after.add(i)
+        for i, one in reversed([*enumerate(code)]):
+            if self._multiplies(one) or not asked.isdisjoint(one.writes):
+                asked.update(one.reads)
+                before.add(i)
+        return after & before
+
+    def run(self) -> Iterator[tuple[int, Parts]]:
+        """Places of instructions, and their parts; the stream that saves most first."""
+        taken: set[int] = set()
+        streams = sorted(self._streams(), key=lambda stream: -stream.gain)
+        for stream in streams:
+            if stream.gain > _LEAST and taken.isdisjoint(stream.parts):
+                taken.update(stream.parts)
+                self.saved += stream.gain
+                yield from stream.parts.items()
+
+    def _streams(self) -> Iterator[_Stream]:
+        known: set[tuple[int, int | None]] = set()
+        for place in self.waits:
+            move = self.body.code[place]
+            assert isinstance(move, Move)
+            for dim in range(move.value.rank):
+                if (place, dim) not in known:
+                    stream = self._stream(move.writes[0], dim)
+                    known |= {(i, parts.results[0]) for i, parts in stream.parts.items()}
+                    yield stream
+
+    def _stream(self, start: Key, dim: int) -> _Stream:
+        """All that can run in parts with those of a value along a dim."""
+        dims, found = {start: dim}, {}
+        queue, refused = deque((start,)), set()
+        while queue:
+            key = queue.popleft()
+            for place in self.around[key]:
+                if place in found or place in refused:
+                    continue
+                one = self.body.code[place]
+                parts = self._parts(one, key, dims[key])
+                tensors = [*_tensors(one, parts)] if parts else []
+                if not parts or any(dims.get(k, d) != d for k, d in tensors):
+                    refused.add(place)
+                    continue
+                found[place] = parts
+                queue.extend(k for k, _ in tensors if k not in dims)
+                dims.update((k, d) for k, d in tensors if d is not None)
+        return self._judged(self._independent(found))
+
+    def _parts(self, one: Move | Compute, key: Key, dim: int) -> Parts | None:
+        """As `parts_of`, but for equations that exchange something among the parts."""
+        parts = parts_of(one, key, dim, COUNT, self.body.mesh)
+        if parts is None or isinstance(one, Move):
+            return parts
+        fine = with_parts(self.body.mesh, COUNT)
+        sent = wires(part_of(one, parts), fine, self.streams.known)
+        return None if any(PART in wire.axes for wire in sent) else parts
+
+    def _independent(self, found: Mapping[int, Parts]) -> dict[int, Parts]:
+        """Without what needs all parts of something before: a sum of parts, or what was made of
+        them whole. One part could not run beside the other's collectives any more."""
+        kept: dict[int, Parts] = {}
+        apart: set[Key] = set()
+        whole: set[Key] = set()  # of all parts
+        for i, one in enumerate(self.body.code):
+            parts = found.get(i)
+            if parts is not None and whole.isdisjoint(one.reads):
+                kept[i] = parts
+                sums = None in parts.results
+                (whole if sums else apart).update(one.writes)
+            elif not (whole.isdisjoint(one.reads) and apart.isdisjoint(one.reads)):
+                whole.update(one.writes)
+        return kept
+
+    def _judged(self, found: Mapping[int, Parts]) -> _Stream:
+        code = self.body.code
+        dims = {key: dim for i, parts in found.items() for key, dim in _tensors(code[i], parts)}
+        wire = sum(self.waits.get(i, 0.0) for i in found)
+        products = sum(self._seconds(code[i]) for i in found)
+        made = {key for i in found for key in code[i].writes}
+        tied = {out for key, out in self.ties.items() if dims.get(key) == dims.get(out)}
+        joined = 0.0
+        for key in dims:
+            whole = any(i not in found for i in self.around[key])
+            if key in made:
+                leaves = key in self.leaving and key not in tied and key not in self.free
+                joined += self.twice(key) if whole or leaves else 0.0
+        return _Stream(found, wire, products, joined)
+
+    def twice(self, key: Key) -> float:
+        """Seconds to write a value and to read it again."""
+        return 2 * key.local_bytes(self.body.mesh) / self.chip.hbm_bandwidth
+
+    def _wire(self, one: Move | Compute) -> float:
+        """Seconds of a move's collectives, of a ring in both directions; 0 where the device waits
+        for them anyway."""
+        if not isinstance(one, Move):
+            return 0.0
+        steps = [step for step in one.plan.steps if step.bytes]
+        if any(step.kind not in self.chip.overlaps for step in steps):
+            return 0.0
+        return sum(step.bytes for step in steps) / (2 * self.chip.link_bandwidth)
+
+    @staticmethod
+    def _multiplies(one: Move | Compute) -> bool:
+        return isinstance(one, Compute) and (
+            bool(one.regions) or (multiplies(one.op) and len(one.operands) > 1)
+        )
+
+    def _seconds(self, one: Move | Compute) -> float:
+        if not isinstance(one, Compute) or one.regions or not self._multiplies(one):
+            return 0.0
+        work = flops(one, self.body.mesh, self.streams.whole).total / rate(one, self.chip)
+        size = sum(key.local_bytes(self.body.mesh) for key in (*one.reads, *one.writes))
+        return max(work, size / self.chip.hbm_bandwidth)
+
+
+def _tensors(one: Move | Compute, parts: Parts) -> Iterator[tuple[Key, int]]:
+    for keys, dims in ((one.reads, parts.operands), (one.writes, parts.results)):
+        for key, dim in zip(keys, dims, strict=True):
+            if dim is not None:
+                yield key, dim
