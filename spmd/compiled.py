@@ -46,7 +46,7 @@ class Lowered(Inspection):
                     "topology)",
                 )
             )
-        with explained(options):
+        with explained(options, self.partitioned.plan):
             flat = self.lowered.compile(compiler_options, device_assignment=device_assignment)
         captured = self.partitioned.propagated.traced.captured
         return Compiled(

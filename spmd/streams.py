@@ -16,6 +16,8 @@ through every equation that computes its elements each on its own. Others (atten
 sequence, a loss, gradients of weights) are computed whole, from both parts.
 """
 
+from __future__ import annotations
+
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -59,7 +61,8 @@ def in_streams(plan: ProgramPlan, chip: Chip) -> ProgramPlan:
     What a loop stacks in parts costs nothing where another loop takes it so. Whether one does shows
     when that is decided; so all is decided both ways, and what saves more is kept.
     """
-    tries = [_Streams(plan, chip, stacks) for stacks in (True, False)]
+    together: dict[int, Any] = {}
+    tries = [_Streams(plan, chip, stacks, together) for stacks in (True, False)]
     made = [(each.region(plan.body, {}, 1)[0], each.gain) for each in tries]
     body, gain = max(made, key=lambda pair: pair[1])
     return replace(plan, body=body) if gain > 0 else plan
@@ -70,31 +73,55 @@ def streams(plan: ProgramPlan) -> bool:
     return any(one.parts is not None for one, _ in plan.body.walk())
 
 
+class _Chain(NamedTuple):
+    """Values that come of products, and those that products are made of. What comes of none can be
+    early, as weights are gathered, and what leads to none late, as their gradients are summed."""
+
+    made: frozenset[Key] = frozenset()
+    asked: frozenset[Key] = frozenset()
+
+    def inside(self, one: Compute, body: RegionPlan) -> _Chain:
+        """Of the inputs and outputs of an instruction's region."""
+        inputs, outputs = _inputs(body), body.outputs
+        ports, ends = one.op.in_ports, one.op.out_ports
+        return _Chain(
+            frozenset(inputs[p.inner] for p in ports if one.operands[p.outer] in self.made),
+            frozenset(outputs[p.inner] for p in ends if one.results[p.outer] in self.asked),
+        )
+
+
+def _inputs(body: RegionPlan) -> list[Key]:
+    return [Key(value, lies) for value, lies in zip(body.region.inputs, body.inputs, strict=True)]
+
+
 class _Streams:
     """Decides for the regions of a program, in order.
 
     Attributes:
       stacks: whether loops may stack in parts.
+      together: what runs in parts together, of each region by its id, once that is found.
       gain: seconds saved so far.
       known: of `wires`.
     """
 
-    def __init__(self, plan: ProgramPlan, chip: Chip, stacks: bool):
-        self.whole, self.chip, self.stacks = plan.mesh, chip, stacks
+    def __init__(self, plan: ProgramPlan, chip: Chip, stacks: bool, together: dict[int, Any]):
+        self.whole, self.chip, self.stacks, self.together = plan.mesh, chip, stacks, together
         self.gain = 0.0
         self.known: dict[Any, Any] = {}
 
     def region(
-        self, body: RegionPlan, given: Mapping[Key, int], trips: int, loop: Compute | None = None
+        self, body: RegionPlan, given: Mapping[Key, int], trips: int,
+        around: Compute | None = None, chain: _Chain | None = None,
     ) -> tuple[RegionPlan, Mapping[Key, int]]:
         """A region with instructions in parts, and the dims along which values in it lie in parts.
 
         Args:
           given: those of its inputs.
           trips: how often it runs.
-          loop: that it is the body of.
+          around: the loop or call that it belongs to.
+          chain: of its inputs and outputs.
         """
-        search = _Search(body, given, self, loop)
+        search = _Search(body, given, self, around, chain or _Chain())
         parts = dict(search.run())
         self.gain += trips * search.saved
         lie, passed, code = dict(given), {*given}, []
@@ -102,7 +129,7 @@ class _Streams:
             if i in parts:
                 one = replace(one, parts=parts[i])
             elif isinstance(one, Compute) and one.regions:
-                one = self.control(one, lie, trips)
+                one = self.control(one, lie, trips, search.chain)
             if one.parts is not None:
                 dims = zip(one.writes, one.parts.results, strict=True)
                 lie |= {key: dim for key, dim in dims if dim is not None}
@@ -112,7 +139,9 @@ class _Streams:
         self.gain -= trips * sum(map(search.twice, whole))
         return replace(body, code=tuple(code)), lie
 
-    def control(self, one: Compute, lie: Mapping[Key, int], trips: int) -> Compute:
+    def control(
+        self, one: Compute, lie: Mapping[Key, int], trips: int, chain: _Chain
+    ) -> Compute:
         """A loop, call or branch with its regions in parts."""
         control = one.op.control
         assert control is not None
@@ -120,15 +149,16 @@ class _Streams:
         if not control.trees:
             return replace(one, regions=tuple(self.region(r, {}, inner)[0] for r in one.regions))
         (before,), saved = one.regions, self.gain
+        inside = chain.inside(one, before)
         dims = [
             None if key not in lie or (p.stacked and not lie[key]) else lie[key]
             for p in one.op.in_ports for key in (one.operands[p.outer],)
         ]  # fmt: skip
-        body, made = self.region(before, self._given(one, before, dims), inner, one)
+        body, made = self.region(before, self._given(one, before, dims), inner, one, inside)
         carries = {i: made.get(body.outputs[out]) for _, out, i in control.carries(one.op)}
         if any(dims[i] != dim for i, dim in carries.items()):
             dims, self.gain = [carries.get(i, dim) for i, dim in enumerate(dims)], saved
-            body, made = self.region(before, self._given(one, before, dims), inner, one)
+            body, made = self.region(before, self._given(one, before, dims), inner, one, inside)
         results = []
         for port in one.op.out_ports:
             dim = made.get(body.outputs[port.inner])
@@ -143,8 +173,7 @@ class _Streams:
         self, one: Compute, body: RegionPlan, dims: Sequence[int | None]
     ) -> Mapping[Key, int]:
         """Inputs of a region that come in parts, of the dims of operands."""
-        inputs = [Key(v, x) for v, x in zip(body.region.inputs, body.inputs, strict=True)]
-        given = {}
+        inputs, given = _inputs(body), {}
         for port in one.op.in_ports:
             dim = dims[port.outer]
             if dim is not None:
@@ -163,8 +192,9 @@ class _Search:
     """
 
     def __init__(
-        self, body: RegionPlan, given: Mapping[Key, int], streams: _Streams, op: Compute | None
-    ):
+        self, body: RegionPlan, given: Mapping[Key, int], streams: _Streams,
+        around: Compute | None, chain: _Chain,
+    ):  # fmt: skip
         self.body, self.given, self.streams, self.chip = body, given, streams, streams.chip
         self.around: dict[Key, dict[int, None]] = {}
         for i, one in enumerate(body.code):
@@ -173,32 +203,30 @@ class _Search:
         self.leaving, self.saved = {*body.outputs}, 0.0
         self.ties: dict[Key, Key] = {}
         self.free: set[Key] = set()
-        if op is not None and op.op.control is not None:
-            inputs = [Key(v, x) for v, x in zip(body.region.inputs, body.inputs, strict=True)]
-            for _, out, inner in op.op.control.carries(op.op):
-                self.ties[inputs[inner]] = body.outputs[out]
+        if around is not None and around.op.control is not None:
+            inputs, carries = _inputs(body), around.op.control.carries(around.op)
+            self.ties = {inputs[inner]: body.outputs[out] for _, out, inner in carries}
             if streams.stacks:
-                ends = {out for _, out, _ in op.op.control.carries(op.op)}
+                ends = {out for _, out, _ in carries}
                 self.free = {k for i, k in enumerate(body.outputs) if i not in ends}
-        chain = self._chain()
-        found = ((i, self._wire(one)) for i, one in enumerate(body.code) if i in chain)
+        self.chain, links = self._linked(chain)
+        found = ((i, self._wire(one)) for i, one in enumerate(body.code) if i in links)
         self.waits = {i: seconds for i, seconds in found if seconds > _LEAST * COUNT}
 
-    def _chain(self) -> set[int]:
-        """Places of instructions between products, of this step of a loop or of those around it.
-        Others can be early, as gathers of weights, or late, as sums of their gradients."""
-        code = self.body.code
-        made, asked = {*self.ties}, {*self.ties.values()}
+    def _linked(self, chain: _Chain) -> tuple[_Chain, set[int]]:
+        """Values, and places of instructions, between products: of this region, of those around it
+        and of other steps of a loop."""
+        made, asked = {*self.ties, *chain.made}, {*self.ties.values(), *chain.asked}
         after, before = set(), set()
-        for i, one in enumerate(code):
+        for i, one in enumerate(self.body.code):
             if self._multiplies(one) or not made.isdisjoint(one.reads):
                 made.update(one.writes)
                 after.add(i)
-        for i, one in reversed([*enumerate(code)]):
+        for i, one in reversed([*enumerate(self.body.code)]):
             if self._multiplies(one) or not asked.isdisjoint(one.writes):
                 asked.update(one.reads)
                 before.add(i)
-        return after & before
+        return _Chain(frozenset(made), frozenset(asked)), after & before
 
     def run(self) -> Iterator[tuple[int, Parts]]:
         """Places of instructions, and their parts; the stream that saves most first."""
@@ -211,17 +239,23 @@ class _Search:
                 yield from stream.parts.items()
 
     def _streams(self) -> Iterator[_Stream]:
+        """One for each set of instructions that would run in parts together."""
+        together = self.streams.together
+        if id(self.body) not in together:
+            together[id(self.body)] = [*self._together()]
+        yield from map(self._judged, together[id(self.body)])
+
+    def _together(self) -> Iterator[dict[int, Parts]]:
         known: set[tuple[int, int | None]] = set()
         for place in self.waits:
-            move = self.body.code[place]
-            assert isinstance(move, Move)
-            for dim in range(move.value.rank):
+            (key,) = self.body.code[place].writes
+            for dim in range(key.value.rank):
                 if (place, dim) not in known:
-                    stream = self._stream(move.writes[0], dim)
-                    known |= {(i, parts.results[0]) for i, parts in stream.parts.items()}
-                    yield stream
+                    found = self._closure(key, dim)
+                    known |= {(i, parts.results[0]) for i, parts in found.items()}
+                    yield self._independent(found)
 
-    def _stream(self, start: Key, dim: int) -> _Stream:
+    def _closure(self, start: Key, dim: int) -> dict[int, Parts]:
         """All that can run in parts with those of a value along a dim."""
         dims, found = {start: dim}, {}
         queue, refused = deque((start,)), set()
@@ -239,7 +273,7 @@ class _Search:
                 found[place] = parts
                 queue.extend(k for k, _ in tensors if k not in dims)
                 dims.update((k, d) for k, d in tensors if d is not None)
-        return self._judged(self._independent(found))
+        return found
 
     def _parts(self, one: Move | Compute, key: Key, dim: int) -> Parts | None:
         """As `parts_of`, but for equations that exchange something among the parts."""

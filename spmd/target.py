@@ -68,10 +68,9 @@ def suited(plan: ProgramPlan, options: Options) -> ProgramPlan:
 
 
 def compiler_options(options: Options, plan: ProgramPlan | None = None) -> dict[str, Any]:
-    """What XLA is told: the options of the chip and, of a plan in streams, not to join them again;
-    and those that the user gave, which win."""
-    told = {name: value for found in _told(options).values() for name, value in found.items()}
-    told |= _APART if plan is not None and streams(plan) else {}
+    """What XLA is told: the options of the chip and of the plan, and those that the user gave,
+    which win."""
+    told = {name: value for found in _told(options, plan).values() for name, value in found.items()}
     return {**told, **dict(options.compiler_options)}
 
 
@@ -80,6 +79,7 @@ _PURPOSES = {
     "async_collectives":
         "collectives beside computation, which TPUs with SparseCores are asked for",
     "bounded_schedule": "an order of operations within memory_limit, which TPUs are asked for",
+    "streams": "sums of two streams that stay two, which TPUs are asked for",
 }
 # Sums of this many bytes are not combined: XLA for TPUs makes one of those of two streams.
 _APART = {"xla_jf_crs_combiner_threshold_in_bytes": "1000000"}
@@ -87,12 +87,13 @@ _APART = {"xla_jf_crs_combiner_threshold_in_bytes": "1000000"}
 _OWN_LIMIT = 90
 
 
-def _told(options: Options) -> dict[str, dict[str, str]]:
+def _told(options: Options, plan: ProgramPlan | None = None) -> dict[str, dict[str, str]]:
     """Options of XLA by the name of the pass, of those that are on."""
     chip = chip_of(options.mesh)
     if chip is None:
         return {}
     found = {"async_collectives": dict(chip.options), "bounded_schedule": _schedule(chip, options)}
+    found["streams"] = _APART if plan is not None and streams(plan) else {}
     return {name: told for name, told in found.items() if told and options.on(name)}
 
 
@@ -108,7 +109,7 @@ def _schedule(chip: Chip, options: Options) -> dict[str, str]:
 
 
 @contextmanager
-def explained(options: Options) -> Iterator[None]:
+def explained(options: Options, plan: ProgramPlan) -> Iterator[None]:
     """Errors of a compiler that does not know what it is told say how to go on.
 
     Raises:
@@ -117,7 +118,7 @@ def explained(options: Options) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        given, told = dict(options.compiler_options), _told(options).items()
+        given, told = dict(options.compiler_options), _told(options, plan).items()
         names = [(off, name) for off, found in told for name in found if name not in given]
         pairs = [(off, name) for off, name in names if name in str(error)]
         if not pairs:

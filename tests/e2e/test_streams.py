@@ -1,0 +1,247 @@
+"""Pass `streams`: two halves of a batch, one of which computes while the other's sums are sent."""
+
+import dataclasses
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+import spmd
+from sharding import shard
+from spmd import streams, target
+from spmd.chips import CHIPS
+from spmd.collectives import summarize
+from spmd.estimate.work import lines, totals
+from spmd.partition.plan import Compute, Move, Parts, ProgramPlan, RegionPlan
+from tests.e2e.test_random_programs import draw
+from tests.oracle import check, make_mesh
+
+LAYERS, BATCH, SEQUENCE, WIDTH, HIDDEN = 3, 8, 4, 16, 32
+KINDS = frozenset(("all_reduce", "reduce_scatter", "all_gather", "permute"))
+# Of links so slow, and arithmetic, that even small sums are worth hiding.
+CHIP = dataclasses.replace(
+    CHIPS["cpu"], family="tpu", overlaps=KINDS, link_bandwidth=1e6, flops=(("float32", 1e6),),
+    hbm_bandwidth=1e12, scatters=True,
+)  # fmt: skip
+
+
+@pytest.fixture
+def chip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated devices, whose compiler does not know what TPUs' is told, are such chips."""
+    monkeypatch.setitem(CHIPS, "cpu", CHIP)
+    monkeypatch.setattr(target, "_APART", {})
+
+
+def arr(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32) / 4
+
+
+WEIGHTS = {"up": arr(LAYERS, WIDTH, HIDDEN), "down": arr(LAYERS, HIDDEN, WIDTH)}
+TENSOR = {"up": P(None, None, "tensor"), "down": P(None, "tensor")}
+X = arr(BATCH, SEQUENCE, WIDTH)
+
+
+def layer(x: Any, w: Any) -> tuple[Any, None]:
+    normed = x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+    return x + jax.nn.silu(normed @ w["up"]) @ w["down"], None
+
+
+def attending(x: Any, w: Any) -> tuple[Any, None]:
+    """Positions meet each other, examples do not."""
+    scores = jnp.einsum("bsd,btd->bst", x, x)
+    return layer(jnp.einsum("bst,btd->bsd", jax.nn.softmax(scores), x), w)
+
+
+def model(weights: Any, x: Any, body: Any = layer) -> Any:
+    return jnp.mean(lax.scan(body, x, weights)[0] ** 2)
+
+
+def remat(weights: Any, x: Any) -> Any:
+    return model(weights, x, jax.checkpoint(layer))
+
+
+def layers(weights: Any, x: Any) -> Any:
+    for i in range(LAYERS):
+        x, _ = layer(x, jax.tree.map(lambda w, i=i: w[i], weights))
+    return x
+
+
+def unrolled(weights: Any, x: Any) -> Any:
+    return jnp.mean(layers(weights, x) ** 2)
+
+
+def planned(fun: Any, *args: Any, out: Any = None, **options: Any) -> ProgramPlan:
+    mesh = make_mesh(tensor=4)
+    jitted = spmd.jit(fun, mesh=mesh, in_shardings=(TENSOR, P()), out_shardings=out, **options)
+    return jitted.trace(*args).propagate().partition().plan
+
+
+def in_parts(plan: ProgramPlan) -> Iterator[tuple[Move | Compute, Parts, int]]:
+    for one, trips in plan.body.walk():
+        if one.parts is not None:
+            yield one, one.parts, trips
+
+
+def halved(plan: ProgramPlan) -> dict[tuple[int, ...], list[int | None]]:
+    """Dims along which moved values are divided, by their shapes."""
+    found: dict[tuple[int, ...], list[int | None]] = {}
+    for one, parts, _ in in_parts(plan):
+        if isinstance(one, Move):
+            found.setdefault(one.value.shape, []).append(parts.operands[0])
+    return found
+
+
+def body_of(plan: ProgramPlan) -> RegionPlan:
+    (loop,) = (one for one in plan.body.code if isinstance(one, Compute) and one.regions)
+    return loop.regions[0]
+
+
+@pytest.mark.parametrize("fun", [model, remat, unrolled])
+def test_gradients_are_those_of_one_device(chip: None, fun: Any) -> None:
+    both = jax.value_and_grad(fun, argnums=(0, 1))
+    found = check(both, [WEIGHTS, X], make_mesh(tensor=4), (TENSOR, P()))
+    assert streams.streams(found.plan)
+
+
+def test_a_layer_runs_in_halves_of_its_batch(chip: None) -> None:
+    """All of it: the carry stays in parts, and so does all between one sum and the next."""
+    plan = planned(model, WEIGHTS, X)
+    assert halved(plan) == {(BATCH, SEQUENCE, WIDTH): [0]}
+    body = body_of(plan)
+    assert all(one.parts is not None for one in body.code if X.size in map(_size, one.reads))
+    (loop,) = (one for one in plan.body.code if isinstance(one, Compute) and one.regions)
+    assert loop.parts == Parts(2, (0, None, None), (0,))
+
+
+def _size(key: Any) -> int:
+    return int(np.prod(key.value.shape))
+
+
+def test_nothing_is_joined_that_nobody_reads_whole(chip: None) -> None:
+    mesh = make_mesh(tensor=4)
+    jitted = spmd.jit(jax.grad(remat), mesh=mesh, in_shardings=(TENSOR, P()), out_shardings=TENSOR)
+    assert streams.streams(jitted.trace(WEIGHTS, X).propagate().partition().plan)
+    text = jitted.lower(WEIGHTS, X).as_text()
+    assert text.count("stablehlo.concatenate") == 1  # what the loss is made of, between the loops
+
+
+def test_half_of_a_sequence_would_not_do_where_positions_meet(chip: None) -> None:
+    """With one example, the sum's halves along the sequence have attention between them."""
+    one = X[:1]
+    plan = planned(lambda w, x: model(w, x, attending), WEIGHTS, one)
+    for found, parts, _ in in_parts(plan):
+        if isinstance(found, Compute) and found.op.control is None:
+            assert BATCH not in parts.operands
+    check(lambda w, x: model(w, x, attending), [WEIGHTS, one], make_mesh(tensor=4), (TENSOR, P()))
+    many = planned(lambda w, x: model(w, x, attending), WEIGHTS, X)
+    assert set(halved(many)[BATCH, SEQUENCE, WIDTH]) == {0}
+
+
+def test_weights_that_are_gathered_are_no_chain(chip: None) -> None:
+    """They can be there before they are needed."""
+    specs = {"up": P(None, "fsdp"), "down": P(None, "fsdp")}
+    mesh = make_mesh(fsdp=4)
+    jitted = spmd.jit(model, mesh=mesh, in_shardings=(specs, P("fsdp")))
+    plan = jitted.trace(WEIGHTS, X).propagate().partition().plan
+    assert any(step.kind == "all_gather" for move, _ in plan.moves() for step in move.plan.steps)
+    assert not streams.streams(plan)
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+def test_what_has_no_halves_stays_whole(chip: None, batch: int) -> None:
+    """Not along the sequence either, which is odd, nor the sum's own dim."""
+    x = arr(batch, 3, WIDTH)
+    assert all(dim != 0 for dims in halved(planned(model, WEIGHTS, x)).values() for dim in dims)
+    check(model, [WEIGHTS, x], make_mesh(tensor=4), (TENSOR, P()))
+
+
+def test_as_many_bytes_in_twice_as_many_collectives(chip: None) -> None:
+    whole = planned(model, WEIGHTS, X, disable_passes=["streams"])
+    halves = planned(model, WEIGHTS, X)
+    before, after = (totals(lines(plan))["all_reduce", ("tensor",)] for plan in (whole, halves))
+    assert before == (LAYERS, after[1]) and after[0] == 2 * LAYERS
+    mesh = make_mesh(tensor=4)
+    jitted = spmd.jit(model, mesh=mesh, in_shardings=(TENSOR, P()))
+    (emitted,) = summarize(jitted.trace(WEIGHTS, X).propagate().partition().collectives)
+    assert (emitted.count, emitted.bytes) == after
+
+
+def test_sums_that_end_in_shards(chip: None) -> None:
+    """The sequence is sharded between layers: scatters and gathers are halved."""
+    mesh = make_mesh(data=2, tensor=4)
+
+    def run(weights: Any, x: Any) -> Any:
+        def body(x: Any, w: Any) -> tuple[Any, None]:
+            x, _ = layer(x, w)
+            return shard(x, P("data", "tensor")), None
+
+        return model(weights, x, body)
+
+    both = jax.value_and_grad(run, argnums=(0, 1))
+    found = check(both, [WEIGHTS, X], mesh, (TENSOR, P("data", "tensor")))
+    kinds = {s.kind for one, *_ in in_parts(found.plan) if isinstance(one, Move)
+             for s in one.plan.steps}  # fmt: skip
+    assert {"all_gather", "reduce_scatter"} <= kinds
+
+
+def test_a_loop_hands_its_stacks_over_in_parts(chip: None) -> None:
+    """What the way forward saves for the way back."""
+    grads = jax.grad(model)
+    plan = planned(grads, WEIGHTS, X, out=TENSOR)
+    forward, backward = (c for c in plan.body.code if isinstance(c, Compute) and c.regions)
+    assert forward.parts is not None and backward.parts is not None
+    made = zip(forward.results, forward.parts.results, strict=True)
+    read = zip(backward.operands, backward.parts.operands, strict=True)
+    stacks = {key for key, dim in made if dim == 1}
+    assert stacks and stacks <= {key for key, dim in read if dim == 1}
+
+
+def test_every_instruction_can_be_checked_alone(chip: None) -> None:
+    mesh = make_mesh(tensor=4)
+    jitted = spmd.jit(jax.grad(remat), mesh=mesh, in_shardings=(TENSOR, P()))
+    stage = jitted.trace(WEIGHTS, X).propagate().partition()
+    assert streams.streams(stage.plan)
+    assert spmd.check(stage, WEIGHTS, X).ok
+
+
+def test_not_where_the_compiler_waits_for_every_collective(
+    chip: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIP, overlaps=frozenset(("permute",))))
+    assert not streams.streams(planned(model, WEIGHTS, X))
+
+
+def test_not_where_it_saves_less_than_it_costs(
+    chip: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result of the last layer is joined."""
+    assert streams.streams(planned(layers, WEIGHTS, X))
+    changes = {"hbm_bandwidth": 1e3}, {"link_bandwidth": 1e12}, {"flops": (("float32", 1e15),)}
+    for change in changes:
+        monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIP, **change))
+        assert not streams.streams(planned(layers, WEIGHTS, X)), change
+
+
+# Of random programs some of which much can run in parts.
+SEEDS = tuple(range(12))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_random_programs_in_parts_wherever_that_can_be(
+    seed: int, monkeypatch: pytest.MonkeyPatch, chip: None
+) -> None:
+    def everywhere(self: Any) -> Iterator[Any]:
+        for one in self.body.code:
+            for key in one.writes:
+                yield from (self._closure(key, dim) for dim in range(key.value.rank))
+
+    monkeypatch.setattr(streams._Search, "_together", everywhere)
+    monkeypatch.setattr(streams._Stream, "gain", property(lambda self: float(len(self.parts))))
+    case = draw(random.Random(seed))
+    case.run()
