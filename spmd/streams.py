@@ -27,7 +27,7 @@ from spmd.chips import Chip
 from spmd.estimate.work import flops, rate, wires
 from spmd.partition.linear import multiplies
 from spmd.partition.parts import part_of, parts_of, with_parts
-from spmd.partition.plan import PART, Compute, Key, Move, Parts, ProgramPlan, RegionPlan
+from spmd.partition.plan import Compute, Key, Move, Parts, ProgramPlan, RegionPlan
 
 COUNT = 2
 # Seconds that a collective takes at least for parts of it to be worth starting.
@@ -211,7 +211,9 @@ class _Search:
                 self.free = {k for i, k in enumerate(body.outputs) if i not in ends}
         self.chain, links = self._linked(chain)
         found = ((i, self._wire(one)) for i, one in enumerate(body.code) if i in links)
-        self.waits = {i: seconds for i, seconds in found if seconds > _LEAST * COUNT}
+        # In a `jax.shard_map` collectives are the user's.
+        least = _LEAST * COUNT if not body.mesh.manual else float("inf")
+        self.waits = {i: seconds for i, seconds in found if seconds > least}
 
     def _linked(self, chain: _Chain) -> tuple[_Chain, set[int]]:
         """Values, and places of instructions, between products: of this region, of those around it
@@ -276,13 +278,13 @@ class _Search:
         return found
 
     def _parts(self, one: Move | Compute, key: Key, dim: int) -> Parts | None:
-        """As `parts_of`, but for equations that exchange something among the parts."""
+        """As `parts_of`, but for equations that exchange something themselves, some of them among
+        the parts."""
         parts = parts_of(one, key, dim, COUNT, self.body.mesh)
         if parts is None or isinstance(one, Move):
             return parts
         fine = with_parts(self.body.mesh, COUNT)
-        sent = wires(part_of(one, parts), fine, self.streams.known)
-        return None if any(PART in wire.axes for wire in sent) else parts
+        return None if wires(part_of(one, parts), fine, self.streams.known) else parts
 
     def _independent(self, found: Mapping[int, Parts]) -> dict[int, Parts]:
         """Without what needs all parts of something before: a sum of parts, or what was made of

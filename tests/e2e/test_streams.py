@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import spmd
-from sharding import shard
+from sharding import ArgumentError, shard
 from spmd import streams, target
 from spmd.chips import CHIPS
 from spmd.collectives import summarize
@@ -226,6 +226,41 @@ def test_not_where_it_saves_less_than_it_costs(
     for change in changes:
         monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIP, **change))
         assert not streams.streams(planned(layers, WEIGHTS, X)), change
+
+
+def test_the_compiler_is_told_to_keep_two_sums_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CHIPS, "cpu", CHIP)
+    mesh = make_mesh(tensor=4)
+    jitted = spmd.jit(model, mesh=mesh, in_shardings=(TENSOR, P()))
+    stage = jitted.trace(WEIGHTS, X).propagate().partition()
+    name = "xla_jf_crs_combiner_threshold_in_bytes"
+    assert target.compiler_options(stage.options, stage.plan) == {name: "1000000"}
+    with pytest.raises(ArgumentError) as error:  # simulated devices have another compiler
+        jitted(WEIGHTS, X)
+    what, why, fix = str(error.value).splitlines()
+    assert what == "sums of two streams that stay two, which TPUs are asked for"
+    assert why.startswith(f"  why: this compiler does not take the option {name}: ")
+    assert fix == '  fix: spmd.jit(..., disable_passes=["streams"]) compiles without it'
+    without = spmd.jit(model, mesh=mesh, in_shardings=(TENSOR, P()), disable_passes=["streams"])
+    np.testing.assert_allclose(without(WEIGHTS, X), model(WEIGHTS, X), rtol=1e-5)
+
+
+def test_what_the_user_exchanges_by_hand_stays_as_written(chip: None) -> None:
+    """All of the region, in which other axes are ours."""
+    mesh = make_mesh(data=2, tensor=4)
+
+    def by_hand(weights: Any, x: Any) -> Any:
+        def run(w: Any, x: Any) -> Any:
+            return lax.pmean(jnp.mean(lax.scan(layer, x, w)[0] ** 2), "data")
+
+        specs = (P(), P("data"))
+        mapped = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P(), axis_names={"data"})
+        return mapped(weights, x)
+
+    found = check(by_hand, [WEIGHTS, X], mesh, (TENSOR, P("data")))
+    sent = {step.kind for move, _ in found.plan.moves() for step in move.plan.steps}
+    assert "all_reduce" in sent
+    assert not streams.streams(found.plan)
 
 
 # Of random programs some of which much can run in parts.
