@@ -27,7 +27,7 @@ from spmd.chips import Chip
 from spmd.estimate.work import flops, rate, wires
 from spmd.partition.linear import multiplies
 from spmd.partition.parts import part_of, parts_of, with_parts
-from spmd.partition.plan import Compute, Key, Move, Parts, ProgramPlan, RegionPlan
+from spmd.partition.plan import PART, Compute, Key, Move, Parts, ProgramPlan, RegionPlan
 
 COUNT = 2
 # Seconds that a collective takes at least for parts of it to be worth starting.
@@ -278,23 +278,25 @@ class _Search:
         return found
 
     def _parts(self, one: Move | Compute, key: Key, dim: int) -> Parts | None:
-        """As `parts_of`, but for equations that exchange something themselves, some of them among
-        the parts."""
+        """As `parts_of`, but for equations that exchange something among the parts."""
         parts = parts_of(one, key, dim, COUNT, self.body.mesh)
         if parts is None or isinstance(one, Move):
             return parts
         fine = with_parts(self.body.mesh, COUNT)
-        return None if wires(part_of(one, parts), fine, self.streams.known) else parts
+        sent = wires(part_of(one, parts), fine, self.streams.known)
+        return None if any(PART in wire.axes for wire in sent) else parts
 
     def _independent(self, found: Mapping[int, Parts]) -> dict[int, Parts]:
         """Without what needs all parts of something before: a sum of parts, or what was made of
         them whole. One part could not run beside the other's collectives any more."""
+        dims = self._dims(found)
         kept: dict[int, Parts] = {}
-        apart: set[Key] = set()
+        apart = {key for key, out in self.ties.items() if dims.get(key) == dims.get(out)}
         whole: set[Key] = set()  # of all parts
         for i, one in enumerate(self.body.code):
             parts = found.get(i)
-            if parts is not None and whole.isdisjoint(one.reads):
+            both = {*one.reads} if parts is None else _whole(one, parts)
+            if parts is not None and whole.isdisjoint(one.reads) and apart.isdisjoint(both):
                 kept[i] = parts
                 sums = None in parts.results
                 (whole if sums else apart).update(one.writes)
@@ -302,19 +304,24 @@ class _Search:
                 whole.update(one.writes)
         return kept
 
-    def _judged(self, found: Mapping[int, Parts]) -> _Stream:
+    def _dims(self, found: Mapping[int, Parts]) -> dict[Key, int]:
         code = self.body.code
-        dims = {key: dim for i, parts in found.items() for key, dim in _tensors(code[i], parts)}
+        return {key: dim for i, parts in found.items() for key, dim in _tensors(code[i], parts)}
+
+    def _judged(self, found: Mapping[int, Parts]) -> _Stream:
+        code, dims = self.body.code, self._dims(found)
         wire = sum(self.waits.get(i, 0.0) for i in found)
         products = sum(self._seconds(code[i]) for i in found)
         made = {key for i in found for key in code[i].writes}
         tied = {out for key, out in self.ties.items() if dims.get(key) == dims.get(out)}
         joined = 0.0
-        for key in dims:
+        for key in dims.keys() & made:
             whole = any(i not in found for i in self.around[key])
-            if key in made:
-                leaves = key in self.leaving and key not in tied and key not in self.free
-                joined += self.twice(key) if whole or leaves else 0.0
+            leaves = key in self.leaving and key not in tied and key not in self.free
+            joined += self.twice(key) if whole or leaves else 0.0
+        for key, out in self.ties.items():
+            if out in tied and any(i not in found for i in self.around.get(key, ())):
+                joined += self.twice(key)
         return _Stream(found, wire, products, joined)
 
     def twice(self, key: Key) -> float:
@@ -343,6 +350,11 @@ class _Search:
         work = flops(one, self.body.mesh, self.streams.whole).total / rate(one, self.chip)
         size = sum(key.local_bytes(self.body.mesh) for key in (*one.reads, *one.writes))
         return max(work, size / self.chip.hbm_bandwidth)
+
+
+def _whole(one: Move | Compute, parts: Parts) -> set[Key]:
+    """What every part of an instruction reads all of."""
+    return {key for key, dim in zip(one.reads, parts.operands, strict=True) if dim is None}
 
 
 def _tensors(one: Move | Compute, parts: Parts) -> Iterator[tuple[Key, int]]:

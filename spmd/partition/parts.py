@@ -142,7 +142,6 @@ def moved(move: Move, x: Any, mesh: MeshShape) -> Any:
         return apply(steps, joined(x), move.src, shape, mesh)
     count, (dim,), _, _ = move.parts
     assert dim is not None
-    shape = tuple(n // count if d == dim else n for d, n in enumerate(shape))
     parts = divided(x, dim, count).parts
     return Divided(tuple(apply(steps, part, move.src, shape, mesh) for part in parts), dim)
 

@@ -132,15 +132,15 @@ def test_nothing_is_joined_that_nobody_reads_whole(chip: None) -> None:
 
 
 def test_half_of_a_sequence_would_not_do_where_positions_meet(chip: None) -> None:
-    """With one example, the sum's halves along the sequence have attention between them."""
-    one = X[:1]
-    plan = planned(lambda w, x: model(w, x, attending), WEIGHTS, one)
-    for found, parts, _ in in_parts(plan):
-        if isinstance(found, Compute) and found.op.control is None:
-            assert BATCH not in parts.operands
-    check(lambda w, x: model(w, x, attending), [WEIGHTS, one], make_mesh(tensor=4), (TENSOR, P()))
-    many = planned(lambda w, x: model(w, x, attending), WEIGHTS, X)
-    assert set(halved(many)[BATCH, SEQUENCE, WIDTH]) == {0}
+    """Of one example, both halves of the sequence are waited for by attention, in the next step."""
+
+    def run(weights: Any, x: Any) -> Any:
+        return model(weights, x, attending)
+
+    assert not streams.streams(planned(run, WEIGHTS, X[:1]))
+    assert halved(planned(model, WEIGHTS, X[:1])) == {(1, SEQUENCE, WIDTH): [1]}
+    assert halved(planned(run, WEIGHTS, X)) == {(BATCH, SEQUENCE, WIDTH): [0]}
+    check(run, [WEIGHTS, X], make_mesh(tensor=4), (TENSOR, P()))
 
 
 def test_weights_that_are_gathered_are_no_chain(chip: None) -> None:
@@ -264,7 +264,7 @@ def test_what_the_user_exchanges_by_hand_stays_as_written(chip: None) -> None:
 
 
 # Of random programs some of which much can run in parts.
-SEEDS = tuple(range(12))
+SEEDS = (*range(9), 19, 37, 57)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
