@@ -84,9 +84,10 @@ def jit(
         it), "loop_invariants" (what its steps gather is gathered once), "split_scatters",
         "own_stacks" and "async_collectives" (what TPU compilers need in order to keep
         reduce-scatters, to fill no memory with zeros that are overwritten, and to run collectives
-        beside computation), "transposed_sums" (so that they copy no weights into the order of their
-        gradients), "keep_products" (what the CPU compiler needs in order to multiply matrices at
-        full speed), "saved_gathers", "regathers" and "bounded_schedule" (see
+        beside computation), "streams" (so that TPUs have half of a batch to compute while what they
+        send of the other half is on its way), "transposed_sums" (so that they copy no weights into
+        the order of their gradients), "keep_products" (what the CPU compiler needs in order to
+        multiply matrices at full speed), "saved_gathers", "regathers" and "bounded_schedule" (see
         `memory_limit`).
       memory_limit: bytes that a device has for the program. While the predicted peak stays below,
         weights that loops over layers gather forward and again on the way back are gathered once;

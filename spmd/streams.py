@@ -42,17 +42,21 @@ class _Stream(NamedTuple):
       wire: seconds of their collectives that the compiler runs beside computation.
       products: seconds of their products.
       joined: seconds to write and read again what others read whole, or have made whole.
+      links: how many of those collectives there are, one after the other; the last of a step of a
+        loop has the first of the next after it.
     """
 
     parts: Mapping[int, Parts]
     wire: float
     products: float
     joined: float
+    links: int
 
     @property
     def gain(self) -> float:
-        """Seconds that it saves: at best, all of one part's collectives are hidden."""
-        return min(self.wire, self.products) / COUNT - self.joined
+        """Seconds that it saves: at best, all of one part's collectives are hidden. Not those of a
+        product alone, which takes longer in halves than by as much as is hidden."""
+        return min(self.wire, self.products) / COUNT - self.joined if self.links > 1 else 0.0
 
 
 def in_streams(plan: ProgramPlan, chip: Chip) -> ProgramPlan:
@@ -75,18 +79,30 @@ def streams(plan: ProgramPlan) -> bool:
 
 class _Chain(NamedTuple):
     """Values that come of products, and those that products are made of. What comes of none can be
-    early, as weights are gathered, and what leads to none late, as their gradients are summed."""
+    early, as weights are gathered, and what leads to none late, as their gradients are summed.
+
+    Attributes:
+      ties: what the step of a loop leaves to the next one, by the input that it becomes.
+    """
 
     made: frozenset[Key] = frozenset()
     asked: frozenset[Key] = frozenset()
+    ties: Mapping[Key, Key] = {}
 
     def inside(self, one: Compute, body: RegionPlan) -> _Chain:
         """Of the inputs and outputs of an instruction's region."""
-        inputs, outputs = _inputs(body), body.outputs
-        ports, ends = one.op.in_ports, one.op.out_ports
+        inputs, outputs, control = _inputs(body), body.outputs, one.op.control
+        assert control is not None
+        comes = {one.operands[p.outer]: inputs[p.inner] for p in one.op.in_ports}
+        goes = {one.results[p.outer]: outputs[p.inner] for p in one.op.out_ports}
+        ties = {inputs[inner]: outputs[out] for _, out, inner in control.carries(one.op)}
+        if not control.counted:  # a call: of the loop that it is in
+            found = ((comes.get(key), goes.get(out)) for key, out in self.ties.items())
+            ties |= {key: out for key, out in found if key is not None and out is not None}
         return _Chain(
-            frozenset(inputs[p.inner] for p in ports if one.operands[p.outer] in self.made),
-            frozenset(outputs[p.inner] for p in ends if one.results[p.outer] in self.asked),
+            frozenset(key for outer, key in comes.items() if outer in self.made),
+            frozenset(key for outer, key in goes.items() if outer in self.asked),
+            ties,
         )
 
 
@@ -187,7 +203,7 @@ class _Search:
     Attributes:
       around: places of the instructions that make or read a value.
       waits: seconds of moves whose collectives the compiler runs beside computation, by place.
-      ties: what a loop's step leaves to the next one, by the input that it becomes.
+      ties: see `_Chain`.
       free: outputs that stay in parts at no cost.
     """
 
@@ -201,14 +217,10 @@ class _Search:
             for key in (*one.reads, *one.writes):
                 self.around.setdefault(key, {})[i] = None
         self.leaving, self.saved = {*body.outputs}, 0.0
-        self.ties: dict[Key, Key] = {}
-        self.free: set[Key] = set()
+        self.ties, self.free = chain.ties, set()
         if around is not None and around.op.control is not None:
-            inputs, carries = _inputs(body), around.op.control.carries(around.op)
-            self.ties = {inputs[inner]: body.outputs[out] for _, out, inner in carries}
             if streams.stacks:
-                ends = {out for _, out, _ in carries}
-                self.free = {k for i, k in enumerate(body.outputs) if i not in ends}
+                self.free = self.leaving - {*self.ties.values()}
         self.chain, links = self._linked(chain)
         found = ((i, self._wire(one)) for i, one in enumerate(body.code) if i in links)
         # In a `jax.shard_map` collectives are the user's.
@@ -228,7 +240,7 @@ class _Search:
             if self._multiplies(one) or not asked.isdisjoint(one.writes):
                 asked.update(one.reads)
                 before.add(i)
-        return _Chain(frozenset(made), frozenset(asked)), after & before
+        return _Chain(frozenset(made), frozenset(asked), self.ties), after & before
 
     def run(self) -> Iterator[tuple[int, Parts]]:
         """Places of instructions, and their parts; the stream that saves most first."""
@@ -322,7 +334,8 @@ class _Search:
         for key, out in self.ties.items():
             if out in tied and any(i not in found for i in self.around.get(key, ())):
                 joined += self.twice(key)
-        return _Stream(found, wire, products, joined)
+        links = sum(i in self.waits for i in found) + bool(tied & made)
+        return _Stream(found, wire, products, joined, links)
 
     def twice(self, key: Key) -> float:
         """Seconds to write a value and to read it again."""

@@ -243,8 +243,9 @@ def _render(body: RegionPlan, indent: str) -> Iterator[str]:
                 for s in instruction.plan.steps
             )
             value = instruction.value
-            later = "".join(f", after {key.value}" for key in instruction.after)
-            yield f"{indent}{value} {instruction.dst} = {steps} of {instruction.src}{later}" + (
+            how = "".join(f", after {key.value}" for key in instruction.after)
+            how += _parts_text(instruction.parts)
+            yield f"{indent}{value} {instruction.dst} = {steps} of {instruction.src}{how}" + (
                 f"  # {describe(value)}" if value.name or value.op else ""
             )
             continue
@@ -252,11 +253,16 @@ def _render(body: RegionPlan, indent: str) -> Iterator[str]:
         left = ", ".join(f"{k.value} {k.layout}" for k in instruction.results)
         right = ", ".join(_operand(k) for k in instruction.operands)
         source = f"  # {op.source}" if op.source else ""
-        yield f"{indent}{left} = {op.primitive.name}({right}){source}"
+        how = _parts_text(instruction.parts)
+        yield f"{indent}{left} = {op.primitive.name}({right}){how}{source}"
         for i, region in enumerate(instruction.regions):
             yield f"{indent}  region {i}:"
             yield from _render(region, indent + "    ")
     yield f"{indent}return {', '.join(_operand(k) for k in body.outputs)}"
+
+
+def _parts_text(parts: Parts | None) -> str:
+    return "" if parts is None else f", in {parts.count} parts"
 
 
 def _operand(key: Key) -> str:

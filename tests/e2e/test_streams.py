@@ -1,6 +1,7 @@
 """Pass `streams`: two halves of a batch, one of which computes while the other's sums are sent."""
 
 import dataclasses
+import importlib.util
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -117,6 +118,10 @@ def test_a_layer_runs_in_halves_of_its_batch(chip: None) -> None:
     assert all(one.parts is not None for one in body.code if X.size in map(_size, one.reads))
     (loop,) = (one for one in plan.body.code if isinstance(one, Compute) and one.regions)
     assert loop.parts == Parts(2, (0, None, None), (0,))
+    lines = str(plan).splitlines()
+    (reduced,) = (line for line in lines if "all_reduce" in line)
+    assert "of [-, -, -] partial{tensor:add}, in 2 parts" in reduced
+    assert any("= scan(" in line and "), in 2 parts  #" in line for line in lines)
 
 
 def _size(key: Any) -> int:
@@ -261,6 +266,24 @@ def test_what_the_user_exchanges_by_hand_stays_as_written(chip: None) -> None:
     sent = {step.kind for move, _ in found.plan.moves() for step in move.plan.steps}
     assert "all_reduce" in sent
     assert not streams.streams(found.plan)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason='needs the TPU compiler: pip install "spmd-compiler[tpu]"',
+)
+def test_the_compiler_for_tpus_hides_one_half_behind_the_other() -> None:
+    """Of a tensor-parallel layer's way forward most is waited for otherwise."""
+    shapes = {"up": (4, 2048, 8192), "down": (4, 8192, 2048)}
+    weights = {k: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for k, shape in shapes.items()}
+    x = jax.ShapeDtypeStruct((8, 1024, 2048), jnp.bfloat16)
+    options = dict(mesh={"tensor": 4}, topology="v5p:2x2x1", in_shardings=(TENSOR, P()),
+                   out_shardings=P())  # fmt: skip
+    halves = spmd.aot(model, weights, x, **options)
+    whole = spmd.aot(model, weights, x, disable_passes=["streams"], **options)
+    assert halves.schedule.exposed < 0.6 * whole.schedule.exposed
+    assert halves.schedule.seconds < 0.95 * whole.schedule.seconds
 
 
 # Of random programs some of which much can run in parts.
