@@ -3,7 +3,8 @@
 One device computes one line after another. A collective of a kind that the chip's compiler makes
 asynchronous (`Chip.overlaps`) runs beside that from the moment its value is there until somebody
 needs the result; what is left to wait for then is exposed, and all of every other one. Links of
-different mesh axes work at the same time.
+different mesh axes work at the same time. Of what moves in parts (`spmd/streams.py`) one part is
+waited for.
 """
 
 from collections.abc import Sequence
@@ -128,7 +129,7 @@ class _Clock:
                 region.now += self.region(line, children, spans)
                 done = _Done(region.now)
             elif line.wires and self.runs_beside(line):
-                done = region.transfer(line, needed, self.wired(line))
+                done = self.transfer(region, line, needed)
             elif line.wires:
                 region.wait(needed)
                 wire, seconds = self.wired(line), compute_seconds(line, self.kept, self.chip)
@@ -153,6 +154,14 @@ class _Clock:
         if not inner:
             return 0.0
         return inner[0].trips / max(line.trips, 1) * self.run(inner, children, spans)
+
+    def transfer(self, region: _Region, line: Line, needed: _Done) -> _Done:
+        """When a move's value is there that is started; of one in parts, when what reads it can
+        begin: the other parts come while the first is computed with."""
+        seconds = self.wired(line)
+        done = region.transfer(line, needed, seconds)
+        count = 1 if line.instruction.parts is None else line.instruction.parts.count
+        return done._replace(at=done.at - seconds * (1 - 1 / count))
 
     def runs_beside(self, line: Line) -> bool:
         """Whether its collectives are started, and waited for later."""

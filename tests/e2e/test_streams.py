@@ -18,7 +18,10 @@ from sharding import ArgumentError, shard
 from spmd import streams, target
 from spmd.chips import CHIPS
 from spmd.collectives import summarize
+from spmd.estimate.fusion import held
+from spmd.estimate.timeline import timeline
 from spmd.estimate.work import lines, totals
+from spmd.hardware import Machine
 from spmd.partition.plan import Compute, Move, Parts, ProgramPlan, RegionPlan
 from tests.e2e.test_random_programs import draw
 from tests.oracle import check, make_mesh
@@ -175,6 +178,18 @@ def test_as_many_bytes_in_twice_as_many_collectives(chip: None) -> None:
     jitted = spmd.jit(model, mesh=mesh, in_shardings=(TENSOR, P()))
     (emitted,) = summarize(jitted.trace(WEIGHTS, X).propagate().partition().collectives)
     assert (emitted.count, emitted.bytes) == after
+
+
+def test_predicted_is_that_one_half_is_waited_for(chip: None) -> None:
+    """Where the links take longer than all else."""
+    machine = Machine(dataclasses.replace(CHIP, link_bandwidth=1e3), (4,))
+    found = []
+    for off in (["streams"], []):
+        plan = planned(model, WEIGHTS, X, disable_passes=off)
+        all_lines = lines(plan)
+        spans = timeline(plan, all_lines, held(plan, all_lines), machine).spans
+        found.append([span.exposed for span in spans if span.wire])
+    assert found[1] == pytest.approx([seconds / 2 for seconds in found[0]], rel=1e-3)
 
 
 def test_sums_that_end_in_shards(chip: None) -> None:
