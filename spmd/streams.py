@@ -28,6 +28,7 @@ from spmd.estimate.work import flops, rate, wires
 from spmd.partition.linear import multiplies
 from spmd.partition.parts import part_of, parts_of, with_parts
 from spmd.partition.plan import PART, Compute, Key, Move, Parts, ProgramPlan, RegionPlan
+from spmd.partition.scatters import scattered
 
 COUNT = 2
 # Seconds that a collective takes at least for parts of it to be worth starting.
@@ -144,6 +145,8 @@ class _Streams:
         for i, one in enumerate(body.code):
             if i in parts:
                 one = replace(one, parts=parts[i])
+                if isinstance(one, Move) and search.gathers_alone:
+                    one = scattered(one, body.mesh)
             elif isinstance(one, Compute) and one.regions:
                 one = self.control(one, lie, trips, search.chain)
             if one.parts is not None:
@@ -346,10 +349,20 @@ class _Search:
         for them anyway."""
         if not isinstance(one, Move):
             return 0.0
-        steps = [step for step in one.plan.steps if step.bytes]
-        if any(step.kind not in self.chip.overlaps for step in steps):
-            return 0.0
-        return sum(step.bytes for step in steps) / (2 * self.chip.link_bandwidth)
+        size = 0.0
+        for step in one.plan.steps:
+            if step.kind in self.chip.overlaps:
+                size += step.bytes
+            elif step.kind == "all_reduce" and self.gathers_alone:
+                size += step.bytes / 2  # see `scattered`
+            elif step.bytes:
+                return 0.0
+        return size / (2 * self.chip.link_bandwidth)
+
+    @property
+    def gathers_alone(self) -> bool:
+        """Whether gathers run beside computation, and all-reduces do not."""
+        return "all_gather" in self.chip.overlaps and "all_reduce" not in self.chip.overlaps
 
     @staticmethod
     def _multiplies(one: Move | Compute) -> bool:

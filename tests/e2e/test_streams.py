@@ -230,6 +230,23 @@ def test_every_instruction_can_be_checked_alone(chip: None) -> None:
     assert spmd.check(stage, WEIGHTS, X).ok
 
 
+@pytest.mark.parametrize("fun", [model, remat])
+def test_sums_become_scatters_and_gathers_where_only_those_run_beside(
+    fun: Any, chip: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = frozenset(("permute", "all_gather"))
+    monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIP, overlaps=kinds))
+    both = jax.value_and_grad(fun, argnums=(0, 1))
+    found = check(both, [WEIGHTS, X], make_mesh(tensor=4), (TENSOR, P()))
+    whole = planned(both, WEIGHTS, X, disable_passes=["streams"])
+    sent = [step for one, *_ in in_parts(found.plan) if isinstance(one, Move)
+            for step in one.plan.steps]  # fmt: skip
+    assert {step.kind for step in sent} == {"reduce_scatter", "all_gather"}
+    assert {step.dim for step in sent} == {1}  # the sequence: the batch is in parts
+    after, before = totals(lines(found.plan)), totals(lines(whole))
+    assert sum(size for _, size in after.values()) == sum(size for _, size in before.values())
+
+
 def test_not_where_the_compiler_waits_for_every_collective(
     chip: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
