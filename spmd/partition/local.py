@@ -68,9 +68,11 @@ class LocalView:
     def index(self, axes: tuple[str, ...]) -> Any:
         if PART not in axes:
             return linear_index(axes, self.mesh)
-        assert axes[-1] == PART, "parts are those of what a device has"
-        place = times(linear_index(axes[:-1], self.mesh), axis_size(self.mesh, PART))
-        return plus(place, self.part)
+        at = axes.index(PART)  # inside of the axes of its factor, others may follow
+        before, after = axes[:at], axes[at + 1 :]
+        place = times(linear_index(before, self.mesh), axis_size(self.mesh, PART))
+        place = times(plus(place, self.part), axes_size(self.mesh, after))
+        return lax.add(place, linear_index(after, self.mesh)) if after else place
 
     def uneven(self, factor: str) -> bool:
         return self.rule.factors[factor].size % self.shards(factor) != 0

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import spmd
 from sharding import ArgumentError, shard
-from spmd import streams, target
+from spmd import chains, streams, target
 from spmd.chips import CHIPS
 from spmd.collectives import summarize
 from spmd.estimate.fusion import held
@@ -163,9 +163,9 @@ def test_weights_that_are_gathered_are_no_chain(chip: None) -> None:
 
 @pytest.mark.parametrize("batch", [1, 7])
 def test_what_has_no_halves_stays_whole(chip: None, batch: int) -> None:
-    """Not along the sequence either, which is odd, nor the sum's own dim."""
+    """Along the sequence neither, which is odd; and the sums of norms are needed whole."""
     x = arr(batch, 3, WIDTH)
-    assert all(dim != 0 for dims in halved(planned(model, WEIGHTS, x)).values() for dim in dims)
+    assert halved(planned(model, WEIGHTS, x)) == {}
     check(model, [WEIGHTS, x], make_mesh(tensor=4), (TENSOR, P()))
 
 
@@ -300,6 +300,45 @@ def test_what_the_user_exchanges_by_hand_stays_as_written(chip: None) -> None:
     assert not streams.streams(found.plan)
 
 
+def test_places_along_several_dims_of_one_equation(chip: None) -> None:
+    """Of embeddings, whose gradients are added where tokens lie that two axes shard."""
+    mesh = make_mesh(data=2, sequence=2, tensor=2)
+    tokens = np.random.default_rng(0).integers(0, 24, (BATCH, SEQUENCE))
+
+    def sharded(table: Any, weights: Any, tokens: Any) -> Any:
+        return jnp.mean(layers(weights, table[tokens]) ** 2)
+
+    check(jax.grad(sharded), [arr(24, WIDTH), WEIGHTS, tokens], mesh,
+          (P(), TENSOR, P("data", "sequence")))  # fmt: skip
+
+
+def test_weights_that_take_longest_to_read_are_read_once(
+    chip: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of few examples wait for memory, and halves of them for as long each."""
+    few = arr(2, 1, WIDTH)
+    wide = {"up": arr(LAYERS, WIDTH, 4096), "down": arr(LAYERS, 4096, WIDTH)}
+    slow = dataclasses.replace(
+        CHIP, link_bandwidth=1e4, hbm_bandwidth=1e7, flops=(("float32", 1e9),)
+    )
+    monkeypatch.setitem(CHIPS, "cpu", slow)
+    assert not streams.streams(planned(unrolled, wide, few))
+    monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(slow, hbm_bandwidth=1e12))
+    assert streams.streams(planned(unrolled, wide, few))
+
+
+def test_what_is_the_same_in_every_step_is_joined_before_them(chip: None) -> None:
+    def run(weights: Any, x: Any) -> Any:
+        y = layers(weights, x)
+        return lax.scan(lambda c, _: (jnp.tanh(c @ y.reshape(-1, WIDTH).T @ y.reshape(-1, WIDTH)),
+                                      None), jnp.ones((4, WIDTH)), None, length=5)[0]  # fmt: skip
+
+    plan = planned(run, WEIGHTS, X)
+    loops = [one for one in plan.body.code if isinstance(one, Compute) and one.regions]
+    assert streams.streams(plan) and all(loop.parts is None for loop in loops)
+    check(run, [WEIGHTS, X], make_mesh(tensor=4), (TENSOR, P()))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -331,7 +370,7 @@ def test_random_programs_in_parts_wherever_that_can_be(
             for key in one.writes:
                 yield from (self._closure(key, dim) for dim in range(key.value.rank))
 
-    monkeypatch.setattr(streams._Search, "_together", everywhere)
-    monkeypatch.setattr(streams._Stream, "gain", property(lambda self: float(len(self.parts))))
+    monkeypatch.setattr(chains.Search, "_together", everywhere)
+    monkeypatch.setattr(chains.Stream, "gain", property(lambda self: float(len(self.parts))))
     case = draw(random.Random(seed))
     case.run()

@@ -41,6 +41,7 @@ LAYERS = (
     ("spmd.devices",),
     ("spmd.partition.*", "spmd.parallel.*"),
     ("spmd.estimate.*", "spmd.boundary", "spmd.annotations"),
+    ("spmd.chains",),
     ("spmd.streams",),
     ("spmd.target",),
     ("spmd.regather",),
