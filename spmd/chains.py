@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 from sharding.mesh import MeshShape
 from spmd.chips import Chip
-from spmd.estimate.work import flops, rate, wires
-from spmd.partition.linear import multiplies
+from spmd.estimate.work import contracts, flops, rate, wires
 from spmd.partition.parts import part_of, parts_of, with_parts
 from spmd.partition.plan import PART, Compute, Key, Move, Parts, RegionPlan
 
@@ -111,7 +110,7 @@ class Search:
     """
 
     def __init__(
-        self, body: RegionPlan, setting: Setting, around: Compute | None, chain: Chain
+        self, body: RegionPlan, setting: Setting, chain: Chain | None = None
     ):
         self.body, self.setting, self.chip = body, setting, setting.chip
         self.around: dict[Key, dict[int, None]] = {}
@@ -119,11 +118,11 @@ class Search:
             for key in (*one.reads, *one.writes):
                 self.around.setdefault(key, {})[i] = None
         self.leaving, self.saved = {*body.outputs}, 0.0
-        self.ties, self.free = chain.ties, set()
-        if around is not None and around.op.control is not None:
-            if setting.stacks:
-                self.free = self.leaving - {*self.ties.values()}
-        self.chain, links = self._linked(chain)
+        outer = chain or Chain()
+        self.ties, self.free = outer.ties, set()
+        if chain is not None and setting.stacks:
+            self.free = self.leaving - {*self.ties.values()}
+        self.chain, links = self._linked(outer)
         found = ((i, self._wire(one)) for i, one in enumerate(body.code) if i in links)
         # In a `jax.shard_map` collectives are the user's.
         least = _LEAST * COUNT if not body.mesh.manual else float("inf")
@@ -135,11 +134,11 @@ class Search:
         made, asked = {*self.ties, *chain.made}, {*self.ties.values(), *chain.asked}
         after, before = set(), set()
         for i, one in enumerate(self.body.code):
-            if self._multiplies(one) or not made.isdisjoint(one.reads):
+            if _multiplies(one) or not made.isdisjoint(one.reads):
                 made.update(one.writes)
                 after.add(i)
         for i, one in reversed([*enumerate(self.body.code)]):
-            if self._multiplies(one) or not asked.isdisjoint(one.writes):
+            if _multiplies(one) or not asked.isdisjoint(one.writes):
                 asked.update(one.reads)
                 before.add(i)
         return Chain(frozenset(made), frozenset(asked), self.ties), after & before
@@ -192,13 +191,13 @@ class Search:
                     continue
                 found[place] = parts
                 queue.extend(k for k, _ in tensors if k not in dims)
-                dims.update((k, d) for k, d in tensors if d is not None)
+                dims.update(tensors)
         return found
 
     def _parts(self, one: Move | Compute, key: Key, dim: int) -> Parts | None:
         """As `parts_of`, but for equations that exchange something among the parts."""
         parts = parts_of(one, key, dim, COUNT, self.body.mesh)
-        if parts is None or isinstance(one, Move):
+        if parts is None or isinstance(one, Move) or one.op.rule.local is None:
             return parts
         fine = with_parts(self.body.mesh, COUNT)
         sent = wires(part_of(one, parts), fine, self.setting.known)
@@ -248,8 +247,7 @@ class Search:
         return 2 * key.local_bytes(self.body.mesh) / self.chip.hbm_bandwidth
 
     def _wire(self, one: Move | Compute) -> float:
-        """Seconds of a move's collectives, of a ring in both directions; 0 where the device waits
-        for them anyway."""
+        """Seconds of a move's collectives; 0 where the device waits for them anyway."""
         if not isinstance(one, Move):
             return 0.0
         size = 0.0
@@ -260,22 +258,16 @@ class Search:
                 size += step.bytes / 2  # see `scattered`
             elif step.bytes:
                 return 0.0
-        return size / (2 * self.chip.link_bandwidth)
+        return self.chip.ring_seconds(size)
 
     @property
     def gathers_alone(self) -> bool:
         """Whether gathers run beside computation, and all-reduces do not."""
         return "all_gather" in self.chip.overlaps and "all_reduce" not in self.chip.overlaps
 
-    @staticmethod
-    def _multiplies(one: Move | Compute) -> bool:
-        return isinstance(one, Compute) and (
-            bool(one.regions) or (multiplies(one.op) and len(one.operands) > 1)
-        )
-
     def _seconds(self, one: Move | Compute, parts: Parts | None = None) -> float:
         """Of a product, of arithmetic or memory; of one part of it, if it is given."""
-        if not isinstance(one, Compute) or one.regions or not self._multiplies(one):
+        if not contracts(one):
             return 0.0
         count = 1 if parts is None else parts.count
         keys = (*one.reads, *one.writes)
@@ -288,6 +280,11 @@ class Search:
     def _longer(self, one: Move | Compute, parts: Parts) -> float:
         """Seconds that all parts of a product take more than the whole: each reads the weights."""
         return parts.count * self._seconds(one, parts) - self._seconds(one)
+
+
+def _multiplies(one: Move | Compute) -> bool:
+    """Whether there are products in it, maybe in its regions."""
+    return contracts(one) or (isinstance(one, Compute) and bool(one.regions))
 
 
 def _whole(one: Move | Compute, parts: Parts) -> set[Key]:

@@ -82,6 +82,10 @@ class Chip:
         """Of `overlaps`, the kinds that SparseCores run, in the device's memory."""
         return self.overlaps - _TPU if self.options else frozenset()
 
+    def ring_seconds(self, size: float) -> float:
+        """Seconds in which a device sends `size` bytes in a ring, in both directions."""
+        return size / (2 * self.link_bandwidth)
+
     def peak(self, dtype: str) -> float:
         """FLOP/s of matmuls in `dtype`, e.g. "bfloat16".
 

@@ -58,17 +58,16 @@ class _Streams:
 
     def region(
         self, body: RegionPlan, given: Mapping[Key, int], trips: int,
-        around: Compute | None = None, chain: Chain | None = None,
+        chain: Chain | None = None,
     ) -> tuple[RegionPlan, Mapping[Key, int]]:
         """A region with instructions in parts, and the dims along which values in it lie in parts.
 
         Args:
           given: those of its inputs.
           trips: how often it runs.
-          around: the loop or call that it belongs to.
-          chain: of its inputs and outputs.
+          chain: of the inputs and outputs of what it belongs to, a loop or a call.
         """
-        search = Search(body, self.setting, around, chain or Chain())
+        search = Search(body, self.setting, chain)
         parts = dict(search.run())
         self.gain += trips * search.saved
         lie, passed, code = dict(given), {*given}, []  # passed: in parts, by other regions
@@ -101,11 +100,11 @@ class _Streams:
         (before,), saved = one.regions, self.gain
         inside = chain.inside(one, before)
         dims = self._taken(one, lie)
-        body, made = self.region(before, self._given(one, before, dims), inner, one, inside)
+        body, made = self.region(before, self._given(one, before, dims), inner, inside)
         carries = {i: made.get(body.outputs[out]) for _, out, i in control.carries(one.op)}
         if any(dims[i] != dim for i, dim in carries.items()):
             dims, self.gain = [carries.get(i, dim) for i, dim in enumerate(dims)], saved
-            body, made = self.region(before, self._given(one, before, dims), inner, one, inside)
+            body, made = self.region(before, self._given(one, before, dims), inner, inside)
         results = []
         for port in one.op.out_ports:
             dim = made.get(body.outputs[port.inner])

@@ -107,7 +107,7 @@ class _Waiting:
         needed = max((self.ready.get(name(key), 0.0) for key in line.reads), default=0.0)
         self.now = max(self.now, needed)
         if beside(line, self.compiler):
-            seconds = line.bytes / (2 * self.chip.link_bandwidth)  # of a ring in both directions
+            seconds = self.chip.ring_seconds(line.bytes)
             self.links = done = max(self.links, self.now) + seconds
         else:
             self.now += compute_seconds(line, self.kept, self.chip)

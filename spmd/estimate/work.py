@@ -6,7 +6,7 @@ not say; it is traced once per kind of instruction, at local shapes, without dev
 
 from collections.abc import Mapping
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 from jax.sharding import AbstractMesh, PartitionSpec
@@ -103,16 +103,19 @@ class Line(NamedTuple):
 
     @property
     def contracts(self) -> bool:
-        """Whether the matrix units do the work: contractions and convolutions."""
-        found = self.instruction
-        if not isinstance(found, Compute) or found.regions:
-            return False
-        return found.op.rule.flops > 1 and len(found.op.rule.operands) > 1
+        return contracts(self.instruction)
 
     @property
     def bytes(self) -> float:
         """Wire bytes of one run."""
         return sum(w.bytes for w in self.wires)
+
+
+def contracts(found: Move | Compute) -> TypeGuard[Compute]:
+    """Whether the matrix units do the work: contractions and convolutions."""
+    if not isinstance(found, Compute) or found.regions:
+        return False
+    return found.op.rule.flops > 1 and len(found.op.rule.operands) > 1
 
 
 def lines(plan: ProgramPlan) -> tuple[Line, ...]:

@@ -13,7 +13,7 @@ from jax import lax
 
 from sharding.mesh import MeshShape, axes_size
 from sharding.project import to_factors
-from sharding.rule import Kind
+from sharding.rule import Factor, Kind
 from sharding.spec import Layout
 from spmd.partition.apply import apply
 from spmd.partition.local import LocalView
@@ -84,12 +84,10 @@ def _parts_of_equation(
     rule, fine = one.op.rule, with_parts(mesh, count)
     if one.op.control is not None or one.op.eqn.effects or one.apart or any(one.unread):
         return None
-    if rule.always:
-        return None
     tensor = (*one.operands, *one.results).index(key)
     found = to_factors(rule, tensor, _divided(key.layout, dim).dims, fine)
     names = [name for name, axes in found.items() if axes and axes[-1] == PART]
-    if len(names) != 1 or not _apart(one, names[0]):
+    if rule.always or len(names) != 1 or not _apart(rule.factors[names[0]]):
         return None
     changed = _along(one.assignment, names[0])
     if rule.factors[names[0]].size % axes_size(fine, changed.axes[names[0]]):
@@ -106,14 +104,10 @@ def _parts_of_equation(
     return Parts(count, tuple(dims[:first]), tuple(dims[first:]), names[0])
 
 
-def _apart(one: Compute, name: str) -> bool:
+def _apart(factor: Factor) -> bool:
     """Whether an equation computes the elements along a factor each on its own, or adds them up."""
-    factor = one.op.rule.factors[name]
-    if not factor.size:
-        return False
-    if factor.kind is not Kind.REDUCE:
-        return factor.kind is Kind.PASS
-    return factor.monoid == "add"
+    adds = factor.kind is Kind.REDUCE and factor.monoid == "add"
+    return factor.size > 0 and (adds or factor.kind is Kind.PASS)
 
 
 def _divided(layout: Layout, dim: int) -> Layout:
