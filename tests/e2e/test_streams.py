@@ -22,7 +22,9 @@ from spmd.estimate.fusion import held
 from spmd.estimate.timeline import timeline
 from spmd.estimate.work import lines, totals
 from spmd.hardware import Machine
-from spmd.partition.plan import Compute, Move, Parts, ProgramPlan, RegionPlan
+from spmd.partition.local import LocalView
+from spmd.partition.parts import with_parts
+from spmd.partition.plan import PART, Compute, Move, Parts, ProgramPlan, RegionPlan
 from tests.e2e.test_random_programs import draw
 from tests.oracle import check, make_mesh
 
@@ -301,15 +303,32 @@ def test_what_the_user_exchanges_by_hand_stays_as_written(chip: None) -> None:
 
 
 def test_places_along_several_dims_of_one_equation(chip: None) -> None:
-    """Of embeddings, whose gradients are added where tokens lie that two axes shard."""
+    """Of embeddings, whose gradients are added up where tokens lie that two axes shard."""
     mesh = make_mesh(data=2, sequence=2, tensor=2)
-    tokens = np.random.default_rng(0).integers(0, 24, (BATCH, SEQUENCE))
+    tokens = np.random.default_rng(0).integers(0, 8, (2 * BATCH, 2 * SEQUENCE))
 
-    def sharded(table: Any, weights: Any, tokens: Any) -> Any:
-        return jnp.mean(layers(weights, table[tokens]) ** 2)
+    def loss(table: Any, weights: Any, tokens: Any) -> Any:
+        return unrolled(weights, table[tokens])
 
-    check(jax.grad(sharded), [arr(24, WIDTH), WEIGHTS, tokens], mesh,
-          (P(), TENSOR, P("data", "sequence")))  # fmt: skip
+    args, specs = [arr(8, WIDTH), WEIGHTS, tokens], (P(), TENSOR, P("data", "sequence"))
+    found = check(jax.value_and_grad(loss), args, mesh, specs, (P(), P()))
+    adding = [one for one, parts, _ in in_parts(found.plan) if isinstance(one, Compute)
+              and one.op.rule.local is not None and parts.results == (None,)]  # fmt: skip
+    assert adding, "the scatter runs in parts"
+
+
+def test_a_part_has_its_place_inside_of_its_factor_and_outside_of_the_next() -> None:
+    mesh = make_mesh(data=2, sequence=4)
+    stage = spmd.jit(jnp.tanh, mesh=mesh).trace(X).propagate().partition()
+    (one,) = (found for found in stage.plan.body.code if isinstance(found, Compute))
+    fine = with_parts(stage.plan.mesh, 2)
+
+    def places() -> Any:
+        found = [LocalView(one, fine, i).index(("data", PART, "sequence")) for i in range(2)]
+        return jnp.stack(found)[None, :, None]
+
+    run = jax.shard_map(places, mesh=mesh, in_specs=(), out_specs=P("data", None, "sequence"))
+    np.testing.assert_array_equal(run(), np.arange(16).reshape(2, 2, 4))
 
 
 def test_weights_that_take_longest_to_read_are_read_once(
