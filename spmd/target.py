@@ -67,6 +67,16 @@ def suited(plan: ProgramPlan, options: Options) -> ProgramPlan:
     return plan
 
 
+def hidden(options: Options) -> frozenset[str]:
+    """Kinds of collectives that can run beside computation: where streams give them something to
+    run beside, all that the compiler takes apart for them, too."""
+    chip = chip_of(options.mesh)
+    if chip is None:
+        return frozenset()
+    in_parts = chip.family == "tpu" and "all_gather" in chip.overlaps and options.on("streams")
+    return chip.overlaps | (_REDUCTIONS if in_parts else frozenset())
+
+
 def compiler_options(options: Options, plan: ProgramPlan | None = None) -> dict[str, Any]:
     """What XLA is told: the options of the chip and of the plan, and those that the user gave,
     which win."""
@@ -74,6 +84,7 @@ def compiler_options(options: Options, plan: ProgramPlan | None = None) -> dict[
     return {**told, **dict(options.compiler_options)}
 
 
+_REDUCTIONS = frozenset(("reduce_scatter", "all_reduce"))
 # What the compiler is told things for, by the name of the pass.
 _PURPOSES = {
     "async_collectives":

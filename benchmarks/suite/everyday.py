@@ -286,11 +286,38 @@ def windows(weights: Any, x: Any) -> Any:
     return h.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape)
 
 
+# --- positions -----------------------------------------------------------------------------------
+
+
+def positions(weights: Any, x: Any, y: Any) -> Any:
+    """Four layers of causal attention with eight heads, positions sharded."""
+
+    def layer(x: Any, w: Any) -> tuple[Any, None]:
+        q, k, v = (jnp.einsum("btc,chd->bthd", x, w[name]) for name in "qkv")
+        made = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        return x + jnp.einsum("bthd,hdc->btc", made, w["o"]), None
+
+    return _descend(lambda w: jnp.mean((lax.scan(layer, x, w)[0] - y) ** 2), weights)
+
+
+def mixer(layers: Any, x: Any, y: Any) -> Any:
+    """Layers along positions, which are sharded, between those along features."""
+
+    def loss(layers: Any) -> Any:
+        mixed = x + _apply(layers[0], x.swapaxes(1, 2)).swapaxes(1, 2)
+        return jnp.mean((mixed + _apply(layers[1], mixed) - y) ** 2)
+
+    return _descend(loss, layers)
+
+
 GRID, LINE = array(512, 512), array(4096, 16)
 LAYERS = _network(WIDTH, 4 * WIDTH, 4 * WIDTH, WIDTH)
 TOWERS = [_network(WIDTH, 4 * WIDTH, WIDTH)] * 2
 BATCH, DATASET = array(512, WIDTH), array(32768, WIDTH)
 SMALL = _network(WIDTH, WIDTH, WIDTH)
+
+HEADS_8 = {**{n: array(4, 256, 8, 32) for n in "qkv"}, "o": array(4, 8, 32, 256)}
+MIXERS = [_network(512, 1024, 512), _network(128, 256, 128)]
 
 BOTH = (ROWS, ROWS)
 PARTS, HEADS = P("data", "part"), P("data", None, "part")
@@ -331,4 +358,10 @@ PROGRAMS = (
              (HEADS,), HEADS, pairs=True),
     _program("windows", "windows of images, batch and rows sharded", windows,
              (array(32, 96), array(16, 32, 16, 32)), (P(), PARTS), PARTS, pairs=True),
+    _program("positions", "attention, positions sharded", positions,
+             (HEADS_8, array(2, 512, 256), array(2, 512, 256)),
+             (everywhere(HEADS_8), COLUMNS, COLUMNS), everywhere(HEADS_8)),
+    _program("mixer", "layers along positions, which are sharded", mixer,
+             (MIXERS, array(16, 512, 128), array(16, 512, 128)),
+             (everywhere(MIXERS), COLUMNS, COLUMNS), everywhere(MIXERS)),
 )  # fmt: skip

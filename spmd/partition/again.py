@@ -15,7 +15,7 @@ from spmd.partition.placed import forced, makes, needs
 from spmd.partition.plan import Assignment
 from spmd.partition.tensor import Tensor
 
-_DEEPEST = 4  # operations, one of the other, that are done again
+_DEEPEST = 8  # operations, one of the other, that are done again
 
 
 def from_nothing(value: Value) -> bool:
@@ -57,24 +57,25 @@ def _next_to_nothing(op: Op) -> bool:
     """At most one array that does not come of nothing, with its elements in other places, or each
     changed by itself."""
     arrays = [v for v in op.inputs if v.rank]
-    return _plain(op) and bool(arrays) and sum(not _of_nothing(v) for v in arrays) <= 1
+    return _plain(op) and bool(arrays) and sum(not of_nothing(v) for v in arrays) <= 1
 
 
-def _of_nothing(value: Value, depth: int = _DEEPEST) -> bool:
+def of_nothing(value: Value, depth: int = _DEEPEST) -> bool:
     """Whether a few operations make it, the first of them of nothing."""
     op = value.op
     if op is None or not depth:
         return False
     arrays = [v for v in op.inputs if v.rank]
-    made = _plain(op) and bool(arrays) and all(_of_nothing(v, depth - 1) for v in arrays)
+    made = _plain(op) and bool(arrays) and all(of_nothing(v, depth - 1) for v in arrays)
     return op.from_nothing or made
 
 
 def _plain(op: Op) -> bool:
-    """One result, no smaller than what is read; linear, which is what tells a product with a
-    scalar from a power."""
+    """One result, no smaller than what is read; a mask, or linear, which is what tells a product
+    with a scalar from a power."""
     rule = op.rule
     if op.control is not None or len(op.outputs) != 1 or rule.annotation is not None:
         return False
     size = prod(op.outputs[0].shape)
-    return rule.early and bool(rule.linear) and all(prod(v.shape) <= size for v in op.inputs)
+    cheap = bool(rule.linear) or op.outputs[0].dtype == bool
+    return rule.early and cheap and all(prod(v.shape) <= size for v in op.inputs)

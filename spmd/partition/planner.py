@@ -1,36 +1,31 @@
-"""Walks the propagated program and writes the plan: a decision per op, a move per reshard.
+"""From a propagated program to its plan: what is wanted of every value, and by whom.
 
-Values keep every layout they were brought into, so that the same value is resharded the same way
-once per region. Partial values stay partial until something needs them whole.
+`scope.Scope` walks a region and decides its operations; what it asks of a value is answered here.
 """
 
 from bisect import bisect_left
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 
 from sharding.mesh import MeshShape, axes_size, refine, refine_refs
 from sharding.program import Op, Region, Value
 from sharding.propagation import Propagated
 from sharding.region import Port
 from sharding.spec import Layout
-from spmd.partition import diagnose
-from spmd.partition.again import again, from_nothing
+from spmd.partition.again import from_nothing
 from spmd.partition.broadcasts import late_broadcasts
-from spmd.partition.choose import Alternatives, alternatives, choose
+from spmd.partition.choose import Alternatives, alternatives
 from spmd.partition.flattened import follow_flattened
 from spmd.partition.gathers import shared
-from spmd.partition.loops import improved
-from spmd.partition.placed import expected, forced, makes, needs
+from spmd.partition.moved import cheaper, move_axes
+from spmd.partition.placed import expected
 from spmd.partition.plan import (
-    Assignment,
     Compute,
     Diagnostic,
-    Key,
-    Move,
     ProgramPlan,
     RegionPlan,
 )
-from spmd.partition.regions import plan_regions
-from spmd.partition.reshard import plan
+from spmd.partition.scope import Scope, whole
 from spmd.partition.sums import settle
 from spmd.partition.tensor import FREE, Reader, Tensor, needs_whole
 
@@ -40,6 +35,7 @@ _LONG = 32  # equations from one reader to the next, of layers some fifty
 def make_plan(
     propagated: Propagated, in_layouts: Sequence[Layout], out_layouts: Sequence[Layout],
     without: Collection[str] = (), assumed: Mapping[int, Layout] | None = None,
+    hidden: Collection[str] = (),
 ) -> ProgramPlan:  # fmt: skip
     """The partitioned program as data.
 
@@ -49,20 +45,38 @@ def make_plan(
       out_layouts: the same for the results.
       without: names of passes that are off.
       assumed: layouts of values inside of regions, by id, in place of those propagated.
+      hidden: kinds of collectives that run beside computation, see `target.hidden`.
     """
+
+    def planned(*off: str) -> tuple[ProgramPlan, bool]:
+        planner = partial(_Planner, propagated, without=(*without, *off), hidden=hidden)
+        return _planned(planner, propagated, in_layouts, out_layouts, assumed or {})
+
+    found, moved = planned()
+    if moved:
+        other, _ = planned("moved_axes")
+        found = found if cheaper(found.body, other.body, hidden) else other
+    return found if "late_broadcasts" in without else late_broadcasts(found)
+
+
+def _planned(
+    make: "Callable[..., _Planner]", propagated: Propagated, in_layouts: Sequence[Layout],
+    out_layouts: Sequence[Layout], assumed: Mapping[int, Layout],
+) -> tuple[ProgramPlan, bool]:  # fmt: skip
+    """A plan, and whether an axis moved in it."""
     used = {a for s in set(propagated.shardings) for d in s.dims for a in d.axes}
-    refs = {a for a in used.union(*(x.used for x in (assumed or {}).values())) if ":" in a}
+    refs = {a for a in used.union(*(x.used for x in assumed.values())) if ":" in a}
     while True:
         mesh = refine(propagated.mesh, refs)
-        planner = _Planner(propagated, mesh, without)
-        planner.assume(assumed or {})
+        planner = make(mesh=mesh)
+        planner.assume(assumed)
         ins = [planner.refine(layout) for layout in in_layouts]
         outs = [planner.refine(layout) for layout in out_layouts]
         body = planner.region(propagated.program.body, mesh, ins, outs)
         more = _sub_axes(body)
         if not more:
-            found = ProgramPlan(propagated.program, mesh, body, tuple(planner.diagnostics))
-            return late_broadcasts(found) if planner.on("late_broadcasts") else found
+            told = (*planner.diagnostics, *planner.moved)
+            return ProgramPlan(propagated.program, mesh, body, told), bool(planner.moved)
         assert not more <= refs, f"parts of axes that are no parts of one another: {sorted(more)}"
         refs |= more
 
@@ -77,7 +91,11 @@ def _sub_axes(body: RegionPlan) -> set[str]:
 
 
 class _Planner:
-    def __init__(self, propagated: Propagated, mesh: MeshShape, without: Collection[str]):
+    def __init__(
+        self, propagated: Propagated, mesh: MeshShape, without: Collection[str],
+        hidden: Collection[str],
+    ):  # fmt: skip
+        self.hidden = frozenset(hidden)
         self.propagated, self.mesh, self.without = propagated, mesh, without
         self.single = frozenset(name for name, size in propagated.mesh.axes if size == 1)
         self.uses = propagated.program.uses
@@ -92,7 +110,10 @@ class _Planner:
         self.carried: dict[int, tuple[str, ...]] = {}
         # Layouts that a pass wants, in place of those propagated.
         self.assumed: dict[int, Layout] = {}
+        # Layouts in which values leave their regions, where they lie otherwise outside.
+        self.leave: dict[int, Layout] = {}
         follow_flattened(self)
+        self.moved = move_axes(self) if self.on("moved_axes") else []
 
     def on(self, name: str) -> bool:
         """Whether a pass is on."""
@@ -166,7 +187,11 @@ class _Planner:
 
     def leaving(self, value: Value) -> Layout:
         """The layout of a region's output: partial only where a pass assumes so."""
-        return self.assumed.get(value.id, self.wanted(value).reduced())
+        return self.assumed.get(value.id) or self.at_end(value)
+
+    def at_end(self, value: Value) -> Layout:
+        """Where a value lies as the input or output of a region."""
+        return self.leave.get(value.id) or self.wanted(value).reduced()
 
     def alternatives(self, value: Value) -> Alternatives | None:
         """Of the operation that makes `value`, with every operand where it was propagated to."""
@@ -220,7 +245,7 @@ class _Planner:
         if op.control is not None:
             port = next((p for p in op.in_ports if p.outer == operand), None)
             if port is None:
-                return _whole(op.inputs[operand])
+                return whole(op.inputs[operand])
             value = op.regions[port.region].inputs[port.inner]
             return self.outside(self.at_boundary(value, port), port)
         wanted = [self.wanted(v) for v in (*op.inputs, *op.outputs)]
@@ -230,7 +255,7 @@ class _Planner:
     def at_boundary(self, value: Value, port: Port) -> Layout:
         """The layout of a region's input or output: after manual axes, only even shards are parts
         of the outer value's shards."""
-        layout = self.wanted(value).reduced()
+        layout = self.at_end(value)
         if not any(port.lead):
             return layout
         dims = tuple(
@@ -246,7 +271,7 @@ class _Planner:
     def region(
         self, region: Region, mesh: MeshShape, inputs: Sequence[Layout], outputs: Sequence[Layout]
     ) -> RegionPlan:
-        scope = _Scope(self, region, mesh, inputs)
+        scope = Scope(self, region, mesh, inputs)
         for op in region.ops:
             if op.control is None:
                 scope.compute(op)
@@ -257,143 +282,3 @@ class _Planner:
             for value, layout in zip(region.outputs, outputs, strict=True)
         )
         return RegionPlan(region, mesh, tuple(inputs), keys, tuple(scope.code))
-
-
-class _Scope:
-    """One region being planned: which layouts of which values are at hand."""
-
-    def __init__(
-        self, planner: _Planner, region: Region, mesh: MeshShape, inputs: Sequence[Layout]
-    ):
-        self.planner, self.mesh = planner, mesh
-        planner.settle(region)
-        self.code: list[Move | Compute] = []
-        self.at_hand: dict[int, list[Layout]] = {}
-        for value, layout in zip(region.inputs, inputs, strict=True):
-            self.at_hand[value.id] = [layout]
-        self.at_hand |= {value.id: [_whole(value)] for value in region.consts}
-
-    def layouts(self, value: Value) -> list[Layout]:
-        return self.at_hand.get(value.id) or [_whole(value)]
-
-    def tensor(self, value: Value, op: Op) -> Tensor:
-        readers = self.planner.readers(value) if self.planner.uses[value.id] > 1 else ()
-        return Tensor(
-            value.shape, value.itemsize, tuple(self.layouts(value)), readers,
-            anywhere=from_nothing(value), late=self.planner.late(value, op),
-        )  # fmt: skip
-
-    def compute(self, op: Op) -> None:
-        rule = op.rule
-        wanted = [self.planner.wanted(v) for v in op.outputs]
-        operands = tuple(self.tensor(v, op) for v in op.inputs)
-        results: tuple[Tensor, ...] = ()
-        if rule.elementary:
-            self.keep(op)
-            return
-        if (rule.annotation is not None and not _passes(op, operands)) or op.from_nothing:
-            assignment = forced(rule, wanted[0], self.mesh)
-        elif rule.early and _agree(op, operands, wanted[0]):
-            assignment = forced(rule, wanted[0], self.mesh)
-        else:
-            results = tuple(map(self.planner.result, op.outputs))
-            assignment = choose(rule, operands, results, self.mesh)
-        self.emit(op, assignment, operands, results)
-
-    def keep(self, op: Op) -> None:
-        """Every operand passes as it is. One that is read and not passed on is whole in what its
-        readers see: it is reduced, and has no padding."""
-        kept = [self.layouts(v)[0] for v in op.inputs]
-        if not op.outputs:
-            kept = [
-                _even(a.reduced(), v, self.mesh) for a, v in zip(kept, op.inputs, strict=True)
-            ]
-        reads = tuple(self.read(v, k, op) for v, k in zip(op.inputs, kept, strict=True))
-        results = tuple(Key(v, k.layout) for v, k in zip(op.outputs, reads, strict=False))
-        for value, layout, _ in results:
-            self.at_hand.setdefault(value.id, []).append(layout)
-        self.code.append(Compute(op, Assignment(()), reads, results))
-
-    def emit(
-        self, op: Op, assignment: Assignment, operands: Sequence[Tensor],
-        chosen_for: tuple[Tensor, ...] = (),
-    ) -> None:  # fmt: skip
-        needed = needs(op.rule, assignment, operands, self.mesh)
-        reads = tuple(self.read(v, n, op) for v, n in zip(op.inputs, needed, strict=True))
-        made = makes(op.rule, assignment, self.mesh)
-        results = tuple(Key(v, m) for v, m in zip(op.outputs, made, strict=True))
-        for value, layout, _ in results:
-            self.at_hand.setdefault(value.id, []).append(layout)
-        unread = tuple(not self.planner.uses[v.id] for v in op.outputs)
-        asked = (tuple(operands), chosen_for) if chosen_for else ()
-        self.code.append(Compute(op, assignment, reads, results, (), unread, asked))
-        self.planner.diagnostics += diagnose.own_gathers(op, assignment, needed, self.mesh)
-
-    def read(self, value: Value, need: Layout, op: Op | None) -> Key:
-        """The value in a layout; emits the move when it is not at hand."""
-        if value.const is not None and value.rank == 0 and not need.partial:
-            return Key(value, need)
-        layouts = self.layouts(value)
-        if need in layouts:
-            return Key(value, need)
-        itemsize = value.itemsize
-        options = [(plan(a, need, value.shape, itemsize, self.mesh), a) for a in layouts]
-        best, src = min(options, key=lambda option: option[0].cost)
-        made = need.reduced()
-        anew = again(value, made, self.layouts, self.mesh) if made not in layouts else None
-        if value.op is not None and anew is not None and (best.bytes or from_nothing(value)):
-            self.emit(value.op, anew, [self.tensor(v, value.op) for v in value.op.inputs])
-            return self.read(value, need, op)
-        self.code.append(Move(value, src, need, best, op))
-        self.at_hand.setdefault(value.id, [src]).append(need)
-        if op is not None:
-            found = diagnose.gather(op, value, best, self.mesh)
-            self.planner.diagnostics += [found] if found else []
-        return Key(value, need)
-
-    def control(self, op: Op) -> None:
-        """A control-flow op: layouts at the regions' boundaries are those propagated there, unless
-        a pass over loops knows better."""
-        planner = self.planner
-        found = improved(planner, self, op, plan_regions(planner, self, op, {}))
-        planner.diagnostics += found.diagnostics
-        reads, made = found.boundary.reads, found.boundary.made
-        operands = tuple(
-            self.read(v, reads.get(i, _whole(v)), op) for i, v in enumerate(op.inputs)
-        )
-        results = tuple(Key(v, made[i]) for i, v in enumerate(op.outputs))
-        for value, layout, _ in results:
-            self.at_hand[value.id] = [layout]
-        self.code.append(Compute(op, Assignment(()), operands, results, found.regions))
-
-
-def _passes(op: Op, operands: Sequence[Tensor]) -> bool:
-    """Whether a partial sum goes through an annotation: through that of a cotangent, which nobody
-    asked for. Where a user annotates one, it is reduced."""
-    return op.rule.annotation.all_open and bool(operands[0].layouts[0].partial)
-
-
-def _whole(value: Value) -> Layout:
-    return Layout(((),) * value.rank)
-
-
-def _even(layout: Layout, value: Value, mesh: MeshShape) -> Layout:
-    """With dims whole that the axes do not divide."""
-    pairs = zip(layout.dims, value.shape, strict=True)
-    return Layout(tuple(() if n % axes_size(mesh, a) else a for a, n in pairs), layout.partial)
-
-
-def _agree(op: Op, operands: Sequence[Tensor], wanted: Layout) -> bool:
-    """Every operand of full shape already lies as the result should; others are scalars."""
-    if wanted.partial:
-        return False
-    shape = op.outputs[0].shape
-    for value, tensor in zip(op.inputs, operands, strict=True):
-        if value.rank == 0:
-            if tensor.layouts[0].partial:
-                return False
-        elif value.shape != shape or tensor.layouts[0] != wanted:
-            return False
-    return all(v.shape == shape for v in op.outputs)
-
-

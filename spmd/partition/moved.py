@@ -1,0 +1,104 @@
+"""Pass `moved_axes`: a mesh axis shards another dim for a stretch of the program.
+
+Attention with its sequence sharded needs all keys and values on every device; with its heads
+sharded it needs nothing. So does a product along a sharded dim, or a transform. Between them and
+the rest an all-to-all brings the axis from the one dim to the other and back (DeepSpeed Ulysses,
+arXiv 2309.14509, for attention), where others would gather, and do all that follows on every
+device. What propagation found is only a start here: from every operation that cannot keep an axis
+where it is, the stretch in which another dim could have it is cut where that is least (`stretch`).
+
+What a cut does not see (sums that loops reduce once, what is at hand) the finished plan has: the
+one with moved axes is kept where it costs clearly less than the one without (`make_plan`).
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+from sharding.program import Op
+from spmd.partition.choose import costs
+from spmd.partition.placed import makes, needs
+from spmd.partition.plan import Diagnostic, Move, RegionPlan
+from spmd.partition.stretch import Stretch, Surroundings, as_tensors, waited, work
+
+# What a program has to save, as a part of what it sends.
+WORTH = 0.2
+
+
+def move_axes(planner: Any) -> list[Diagnostic]:
+    """Changes the layouts that are wanted; says so, an entry per stretch of the program.
+
+    Args:
+      planner: `planner._Planner`.
+    """
+    contested = [(op, axis) for op in planner.propagated.program.ops()
+                 for axis in _contested(planner, op)]  # fmt: skip
+    if not contested:
+        return []
+    around = Surroundings(planner)
+    seen: set[tuple[int, str, int]] = set()  # equations that were part of a stretch
+    moved: list[Diagnostic] = []
+    for op, axis in contested:
+        dims = [dim for dim in around.others(op, axis) if (op.index, axis, dim) not in seen]
+        if not dims or axis not in _contested(planner, op):
+            continue
+        stretches = [Stretch(around, op, axis, dim) for dim in dims]
+        seen |= {(i, axis, stretch.dim) for stretch in stretches for i in stretch.ops}
+        best = max(stretches, key=lambda stretch: stretch.gain)
+        if best.gain > 0:
+            moved.append(_told(op, axis, best.move()))
+    return moved
+
+
+def _told(op: Op, axis: str, count: int) -> Diagnostic:
+    text = (
+        f"shards another dim of what {count} operations around {op.primitive.name} read and make: "
+        "all-to-alls take it there and back, for less than gathers or sums would send"
+    )
+    remedy = "annotate what should stay, or disable_passes=['moved_axes']"
+    return Diagnostic("moved", axis, text, 0.0, op.source, remedy, stated=True)
+
+
+def cheaper(moved: RegionPlan, other: RegionPlan, hidden: Collection[str]) -> bool:
+    """Whether a plan with axes on other dims is better than the one without: it takes some of what
+    that waits for, or multiplies, to be worth it.
+
+    Args:
+      hidden: as for `planner.make_plan`.
+    """
+    (waits, works), (before, worked) = _spent(moved, hidden), _spent(other, hidden)
+    return waits + works < before + worked - WORTH * before
+
+
+def _spent(body: RegionPlan, hidden: Collection[str]) -> tuple[float, float]:
+    """What a plan moves, and what it multiplies."""
+    moves = works = 0.0
+    for one, runs in body.walk():
+        if isinstance(one, Move):
+            moves += runs * waited(one.plan, hidden)
+        elif one.rule is not None:
+            works += runs * work(one.rule, one.assignment, body.mesh)
+    return moves, works
+
+
+def _contested(planner: Any, op: Op) -> list[str]:
+    """Axes that an operation cannot keep where propagation left them: an operand is gathered or
+    exchanged, or one operand alone is summed along a dim that they shard."""
+    rule = op.rule
+    if op.control is not None or rule.early or rule.elementary or not op.outputs:
+        return []
+    if rule.annotation is not None or op.scope.manual is not None:
+        return []
+    layouts = [planner.wanted(v) for v in op.inputs]
+    if not any(layout.used for layout in layouts):
+        return []
+    operands = as_tensors(op.inputs, layouts)
+    results = as_tensors(op.outputs, map(planner.wanted, op.outputs))
+    assignment, _ = costs(rule, operands, results, planner.mesh)
+    needed = needs(rule, assignment, operands, planner.mesh)
+    lost = {a for layout, need in zip(layouts, needed, strict=True)
+            for was, now in zip(layout.dims, need.dims, strict=True) for a in {*was} - {*now}}
+    if sum(v.rank > 0 for v in op.inputs) > 1:
+        for made in makes(rule, assignment, planner.mesh):
+            summed = [a for a, _ in made.partial]
+            lost |= {a for a in summed if sum(a in layout.used for layout in layouts) == 1}
+    return [axis for axis, _ in planner.mesh.axes if axis in lost]

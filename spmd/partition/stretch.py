@@ -1,0 +1,368 @@
+"""A stretch of a program in which a mesh axis could shard another dim, and where it is less.
+
+Which equations run with the axis on the other dim is a minimum cut:
+
+    source -> e          work of e, and bringing its results to where they are wanted
+    e -> sink            the same with the axis on the other dim
+    e -> read'(v)        infinite: e there reads v there
+    read'(v) -> sink     what that costs, once for all readers, where v is made there
+    read'(v) -> made(v)  what it costs more where v is made here: the all-to-all
+    source -> read(v), made(v) -> read(v), read(v) -> e    the same the other way round
+
+Equations on the source's side have it on the other dim. Arguments, results and what is annotated
+stay. Across the boundary of a region a value is read as it lies on the other side.
+"""
+
+import math
+from collections import deque
+from collections.abc import Collection, Hashable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from sharding.mesh import MeshShape, axes_size, axis_size, overlap
+from sharding.program import Op, Region, Value
+from sharding.reach import Reach
+from sharding.region import Port
+from sharding.rule import Kind, Rule
+from sharding.spec import Layout
+from spmd.partition.again import of_nothing
+from spmd.partition.choose import costs, iterations
+from spmd.partition.cut import Edge, source_side
+from spmd.partition.placed import makes, needs
+from spmd.partition.plan import Assignment
+from spmd.partition.reshard import Plan, plan
+from spmd.partition.tensor import Tensor
+
+# Equations that are decided together; further ones stay as they are.
+WINDOW = 512
+# What a collective costs that runs beside computation, as a part of what it sends.
+HIDDEN = 1 / 6
+# Operations that weigh as much as a byte on a link: a tenth of what a chip multiplies in its time.
+FLOPS_PER_BYTE = 256.0
+# Elements of rows that stay together: a vector unit works on that many at once.
+LANES = 128
+
+_SOURCE, _SINK = "source", "sink"
+
+
+def work(rule: Rule, assignment: Assignment, mesh: MeshShape) -> float:
+    """Of a product, in bytes on a link; what is elementwise is done beside it."""
+    if rule.flops == 1:
+        return 0.0
+    return iterations(rule, assignment.axes, mesh) * rule.flops / FLOPS_PER_BYTE
+
+
+def waited(found: Plan, hidden: Collection[str]) -> float:
+    """The cost of a reshard, less what is hidden of it.
+
+    Args:
+      hidden: kinds of collectives that run beside computation.
+    """
+    apart = sum(step.bytes for step in found.steps if step.kind in hidden)
+    return found.cost - (1 - HIDDEN) * apart
+
+
+def as_tensors(values: Iterable[Value], layouts: Iterable[Layout]) -> tuple[Tensor, ...]:
+    """Values in layouts, as the choice of an assignment is asked about them."""
+    return tuple(
+        Tensor(v.shape, v.itemsize, (layout,), anywhere=of_nothing(v))
+        for v, layout in zip(values, layouts, strict=True)
+    )
+
+
+class Flow(NamedTuple):
+    """A value as it is called across the boundary of a region, or in a loop's next step.
+
+    Attributes:
+      port: None for what a loop carries.
+      inward: whether it flows into the region.
+    """
+
+    target: Value
+    port: Port | None = None
+    inward: bool = False
+
+
+class Surroundings:
+    """What the stretches of a program have in common.
+
+    Args:
+      planner: `planner._Planner`.
+    """
+
+    def __init__(self, planner: Any):
+        self.planner, self.mesh = planner, planner.mesh
+        self.program = planner.propagated.program
+        self.reach = Reach(self.program.values, planner.propagated.links)
+        self.trips: dict[int, int] = {}  # of equations, by index
+        self.made: dict[int, int] = {}  # how often values are
+        self.flows: dict[int, list[Flow]] = {}
+        self.near: dict[int, list[Value]] = {}
+        self.held: set[int] = set()  # values of regions that know axes by name
+        self._count(self.program.body, 1)
+        self.ends = {v.id for v in (*self.program.body.inputs, *self.program.body.outputs)}
+
+    def _count(self, region: Region, trips: int) -> None:
+        self.made.update((v.id, trips) for v in (*region.inputs, *region.consts))
+        for op in region.ops:
+            self.made.update((v.id, trips) for v in op.outputs)
+            self.trips[op.index] = trips
+            if op.control is None:
+                continue
+            for inner in op.regions:
+                self._count(inner, trips * op.control.trips(op))
+            for source, flow in _flows(op):
+                self.flows.setdefault(source.id, []).append(flow)
+                self.near.setdefault(source.id, []).append(flow.target)
+                self.near.setdefault(flow.target.id, []).append(source)
+                if op.control.manual(op.params) is not None:
+                    self.held |= {source.id, flow.target.id}
+
+    def others(self, op: Op, axis: str) -> list[int]:
+        """Dims of the program that an operation could have an axis on instead."""
+        shards, found = axis_size(self.mesh, axis), {}
+        values = (*op.inputs, *op.outputs)
+        for name, factor in op.rule.factors.items():
+            where = op.rule.where[name]
+            even = factor.size and factor.size % shards == 0
+            if factor.kind is Kind.PASS and even and len({t for t, _ in where}) > 1:
+                t, d = where[0]
+                found[self.reach.dim(values[t], d)] = None
+        return list(found)
+
+
+def _flows(op: Op) -> Iterator[tuple[Value, Flow]]:
+    assert op.control is not None
+    for port in op.in_ports:
+        inner = op.regions[port.region].inputs[port.inner]
+        yield op.inputs[port.outer], Flow(inner, port, inward=True)
+    for port in op.out_ports:
+        yield op.regions[port.region].outputs[port.inner], Flow(op.outputs[port.outer], port)
+    for region, out, into in op.control.carries(op):
+        yield op.regions[region].outputs[out], Flow(op.regions[region].inputs[into])
+
+
+class _Way(NamedTuple):
+    """How an equation runs with the axis on one of the dims.
+
+    Attributes:
+      cost: its work, and what brings its results to where they are wanted.
+      needs: layouts of its operands.
+    """
+
+    cost: float
+    needs: tuple[Layout, ...]
+
+
+class _Read(NamedTuple):
+    """A value in the layout that readers need who have the axis on the other dim (`there`), or
+    where it was."""
+
+    value: Value
+    need: Layout
+    there: bool
+
+
+_Reads = dict[_Read, list[Hashable]]
+
+
+class Stretch:
+    """Equations around one that could have an axis on another dim.
+
+    Attributes:
+      ops: by index.
+      gain: what is saved by those that do, in bytes on a link.
+    """
+
+    def __init__(self, around: Surroundings, start: Op, axis: str, dim: int):
+        self.around, self.planner, self.mesh = around, around.planner, around.mesh
+        self.start, self.axis, self.dim = start, axis, dim
+        self.ops: dict[int, Op] = {}
+        self.values: dict[int, Value] = {}  # that no equation of the stretch makes
+        self._layouts: dict[int, tuple[Layout, Layout | None]] = {}
+        self._collect(start)
+        edges = list(self._edges())
+        self._there = source_side(edges, _SOURCE, _SINK)
+        before = sum(c for a, _, c in edges if a == _SOURCE)
+        after = sum(c for a, b, c in edges if a in self._there and b not in self._there)
+        self.gain = before - after
+
+    def move(self) -> int:
+        """Wants the axis on the other dim, where that is less; of how many equations."""
+        made = [v for op in self.ops.values() for v in op.outputs]
+        for value in (*made, *self.values.values()):
+            moves = self.moves(value)
+            for flow in self.around.flows.get(value.id, ()):
+                if value.op is None or flow.inward or self.moves(flow.target) == moves:
+                    continue
+                self.planner.leave[value.id] = self._flowing(value, flow, not moves)
+            if moves:
+                self.planner.layouts[value.id] = self.layouts(value)[1]
+        return sum(("op", i) in self._there for i in self.ops)
+
+    def moves(self, value: Value) -> bool:
+        """Whether the axis is to shard the other dim of a value."""
+        return self.has(value) and self.node(value) in self._there
+
+    def has(self, value: Value) -> bool:
+        """Whether it is decided here where a value is."""
+        if not self.member(value):
+            return False
+        if value.op is not None and value.op.control is None:
+            return value.op.index in self.ops
+        return value.id in self.values
+
+    def member(self, value: Value) -> bool:
+        """Whether a value has the other dim."""
+        reach = self.around.reach
+        return any(reach.dim(value, d) == self.dim for d in range(value.rank))
+
+    def node(self, value: Value) -> Hashable:
+        """The node of what makes a value."""
+        made = value.op is not None and value.op.control is None
+        return ("op", value.op.index) if made and value.op else ("value", value.id)
+
+    def layouts(self, value: Value) -> tuple[Layout, Layout | None]:
+        """Where a value is wanted, and with the axis on the other dim; None: that cannot be."""
+        found = self._layouts.get(value.id)
+        if found is None:
+            here = self.planner.wanted(value)
+            found = self._layouts[value.id] = (here, self._other(value, here))
+        return found
+
+    def _other(self, value: Value, here: Layout) -> Layout | None:
+        reach = self.around.reach
+        dims = [d for d in range(value.rank) if reach.dim(value, d) == self.dim]
+        if here.partial or len(dims) > 1:
+            return None
+        if not dims:
+            return here
+        (d,) = dims
+        if self.axis in here.dims[d]:
+            return here
+        if any(a != self.axis and overlap(a, self.axis) for a in here.used):
+            return None
+        axes = [tuple(a for a in found if a != self.axis) for found in here.dims]
+        axes[d] += (self.axis,)
+        shards, last = axes_size(self.mesh, axes[d]), d == value.rank - 1
+        if value.shape[d] % shards or (last and value.shape[d] < LANES * shards):
+            return None
+        return Layout(tuple(axes))
+
+    def _collect(self, start: Op) -> None:
+        """Equations that the dim goes through, those next to the first one first."""
+        queue: deque[Op | Value] = deque((start,))
+        seen: set[int] = set()
+        while queue and len(self.ops) < WINDOW:
+            at = queue.popleft()
+            if isinstance(at, Op):
+                if at.index not in self.ops:
+                    self.ops[at.index] = at
+                    queue += filter(self.member, (*at.inputs, *at.outputs))
+            elif at.id not in seen:
+                seen.add(at.id)
+                if at.op is not None and at.op.control is None:
+                    queue.append(at.op)
+                else:
+                    self.values[at.id] = at
+                readers = self.around.program.readers[at.id]
+                queue += [op for op, _ in readers if op.control is None]
+                queue += filter(self.member, self.around.near.get(at.id, ()))
+
+    # --- what it costs ----------------------------------------------------------------------------
+
+    def _edges(self) -> Iterator[Edge]:
+        reads: _Reads = {}
+        for i, op in self.ops.items():
+            node, movable = ("op", i), self._movable(op)
+            for there in (False, True)[: 1 + movable]:
+                way = self._way(op, there)
+                yield (node, _SINK, way.cost) if there else (_SOURCE, node, way.cost)
+                for value, need in zip(op.inputs, way.needs, strict=True):
+                    if value.rank and not of_nothing(value):
+                        reads.setdefault(_Read(value, need, there), []).append(node)
+            if not movable:
+                yield node, _SINK, math.inf
+            for value in op.outputs:
+                yield from self._leaves(value, reads)
+        for value in self.values.values():
+            if value.id in self.around.ends or self.layouts(value)[1] is None:
+                yield self.node(value), _SINK, math.inf
+            yield from self._leaves(value, reads)
+        for read, readers in reads.items():
+            yield from self._read(read, readers)
+
+    def _movable(self, op: Op) -> bool:
+        rule = op.rule
+        if rule.elementary or op.scope.manual is not None:
+            return False
+        if rule.annotation is not None and not rule.annotation.all_open:
+            return False
+        return all(self.layouts(v)[1] is not None for v in (*op.inputs, *op.outputs))
+
+    def _at(self, value: Value, there: bool) -> Layout:
+        here, other = self.layouts(value)
+        return other if there and other is not None else here
+
+    def _way(self, op: Op, there: bool) -> _Way:
+        operands, results = (
+            as_tensors(values, [self._at(v, there) for v in values])
+            for values in (op.inputs, op.outputs)
+        )
+        rule, trips = op.rule, self.around.trips[op.index]
+        assignment, _ = costs(rule, operands, results, self.mesh)
+        total = work(rule, assignment, self.mesh)
+        made = makes(rule, assignment, self.mesh)
+        for value, layout, tensor in zip(op.outputs, made, results, strict=True):
+            total += self._moving(layout, tensor.layouts[0], value)
+        return _Way(trips * total, needs(rule, assignment, operands, self.mesh))
+
+    def _moving(self, src: Layout, dst: Layout, value: Value) -> float:
+        if src == dst or of_nothing(value):
+            return 0.0
+        return waited(plan(src, dst, value.shape, value.itemsize, self.mesh), self.planner.hidden)
+
+    def _read(self, read: _Read, readers: list[Hashable]) -> Iterator[Edge]:
+        """Bringing a value to its readers that have the axis on the one dim, or on the other."""
+        value, need, there = read
+        made, trips = self.node(value), self.around.made[value.id]
+        node = ("read", value.id, need, there)
+        stays = trips * self._moving(self._at(value, False), need, value)
+        moved = stays
+        if self.has(value):
+            moved = trips * self._moving(self._at(value, True), need, value)
+        if there:
+            yield node, _SINK, moved
+            yield from ((reader, node, math.inf) for reader in readers)
+            yield node, made, max(stays - moved, 0.0)
+        else:
+            yield _SOURCE, node, stays
+            yield from ((node, reader, math.inf) for reader in readers)
+            yield made, node, max(moved - stays, 0.0)
+
+    def _leaves(self, value: Value, reads: _Reads) -> Iterator[Edge]:
+        """Bringing a value to what is not decided here, and across the boundaries of regions."""
+        if not self.has(value):
+            return
+        node, (here, other) = self.node(value), self.layouts(value)
+        readers = self.around.program.readers[value.id]
+        outside = any(op.control is None and op.index not in self.ops for op, _ in readers)
+        if value.id in self.around.held:
+            yield node, _SINK, math.inf
+            return
+        if value.id in self.around.ends or outside:
+            yield node, _SINK, self.around.made[value.id] * self._moving(other or here, here, value)
+        for flow in self.around.flows.get(value.id, ()):
+            decided = self.has(flow.target)
+            reader = self.node(flow.target) if decided else _SINK
+            for there in (False, True)[: 1 + decided]:
+                read = _Read(value, self._flowing(value, flow, there), there)
+                reads.setdefault(read, []).append(reader)
+
+    def _flowing(self, value: Value, flow: Flow, there: bool) -> Layout:
+        """The layout in which a value crosses a boundary, for its name on the other side."""
+        layout, port = self._at(flow.target, there), flow.port
+        if port is None:
+            return layout
+        if flow.inward:
+            return self.planner.outside(layout, port)
+        return Layout(layout.dims[1:]) if port.stacked else layout

@@ -1,0 +1,273 @@
+"""Mesh axes that shard another dim for a part of the program: values, collectives, and when."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AbstractMesh
+
+import spmd
+from sharding import P, shard
+from spmd.partition import moved, planner
+from tests.oracle import check, kinds, make_mesh
+
+RNG = np.random.default_rng(0)
+BATCH, ROWS, HEADS, DIM = 2, 32, 8, 4
+OFF = {"disable_passes": ["moved_axes"]}
+ROW = P(None, "s")
+
+
+def arr(*shape: int) -> np.ndarray:
+    return (RNG.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+
+
+def weights(heads: int = HEADS, *layers: int) -> dict[str, np.ndarray]:
+    made = {n: arr(*layers, heads * DIM, heads, DIM) for n in "qkv"}
+    return {**made, "o": arr(*layers, heads, DIM, heads * DIM)}
+
+
+def attend(w: Any, x: Any, where: Callable[[Any], Any] = lambda q: q) -> Any:
+    q, k, v = (jnp.einsum("btc,chd->bthd", x, w[n]) for n in "qkv")
+    scores = jnp.einsum("bqhd,bkhd->bhqk", where(q), k)
+    causal = jnp.arange(x.shape[1])[:, None] >= jnp.arange(x.shape[1])
+    made = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(jnp.where(causal, scores, -1e9)), v)
+    return x + jnp.einsum("bqhd,hdc->bqc", made, w["o"])
+
+
+def placed(w: Any) -> Any:
+    return jax.tree.map(lambda _: P(), w)
+
+
+def total(partitioned: Any) -> float:
+    return partitioned.wire_bytes
+
+
+X = arr(BATCH, ROWS, HEADS * DIM)
+
+
+def test_attention_with_its_positions_sharded_runs_by_heads() -> None:
+    """The causal mask, of nothing, is made again; nothing is gathered."""
+    w = weights()
+    planned = check(attend, (w, X), make_mesh(s=8), (placed(w), ROW), ROW)
+    once = X.nbytes / 8 * 7 / 8
+    assert kinds(planned) == {("all_to_all", ("s",)): (4, 4 * once)}
+    off = check(attend, (w, X), make_mesh(s=8), (placed(w), ROW), ROW, **OFF)
+    assert kinds(off)["all_gather", ("s",)] == (2, 2 * 8 * once)
+
+
+def test_and_so_do_its_gradients() -> None:
+    """Of three projections and the result, and the three that lead back; of its gradient once."""
+    w = weights()
+    gradients = jax.grad(lambda w, x: (attend(w, x) ** 2).sum(), (0, 1))
+    planned = check(gradients, (w, X), make_mesh(s=8), (placed(w), ROW), (placed(w), ROW))
+    found = kinds(planned)
+    assert found["all_to_all", ("s",)] == (8, 8 * X.nbytes / 8 * 7 / 8)
+    sums = sum(v.nbytes for v in w.values()) * 2 * 7 / 8  # of the gradients of weights
+    assert total(planned) == found["all_to_all", ("s",)][1] + sums
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("axes", [{"s": 8}, {"d": 2, "s": 4}])
+def test_layers_in_a_loop(remat: bool, axes: dict[str, int]) -> None:
+    """What the loop stacks for the way back lies by heads too: one more all-to-all would be two of
+    all scores."""
+    w, rows = weights(HEADS, 3), P("d" if "d" in axes else None, "s")
+    x = arr(BATCH, 8 * ROWS, HEADS * DIM)
+
+    def loss(w: Any, x: Any) -> Any:
+        body = jax.checkpoint(attend) if remat else attend
+        return (lax.scan(lambda x, w: (body(w, x), None), x, w)[0] ** 2).sum()
+
+    args, places = (w, x), (placed(w), rows)
+    planned = check(jax.grad(loss), args, make_mesh(**axes), places, placed(w))
+    off = check(jax.grad(loss), args, make_mesh(**axes), places, placed(w), **OFF)
+    count = (12 if remat else 8) * 3
+    assert kinds(planned)["all_to_all", ("s",)][0] == count
+    assert total(planned) < 0.6 * total(off)
+
+
+def test_what_is_annotated_stays() -> None:
+    w = weights()
+
+    def f(w: Any, x: Any) -> Any:
+        return attend(w, x, lambda q: shard(q, None, "s", None, None))
+
+    planned = check(f, (w, X), make_mesh(s=8), (placed(w), ROW), ROW)
+    assert kinds(planned)["all_to_all", ("s",)][0] == 4  # beyond the annotation
+    def scores(w: Any, x: Any) -> Any:
+        q, k = (jnp.einsum("btc,chd->bthd", x, w[n]) for n in "qk")
+        return shard(jnp.einsum("bqhd,bkhd->bhqk", q, k), None, None, "s", None)
+
+    planned = check(scores, (w, X), make_mesh(s=8), (placed(w), ROW), P(None, None, "s"))
+    assert {kind for kind, _ in kinds(planned)} == {"all_gather"}
+
+
+def test_heads_that_do_not_divide_stay() -> None:
+    w = weights(4)
+    x = arr(BATCH, ROWS, 4 * DIM)
+    planned = check(attend, (w, x), make_mesh(s=8), (placed(w), ROW), ROW)
+    assert {kind for kind, _ in kinds(planned)} == {"all_gather"}
+
+
+def mixed(a: Any, b: Any, x: Any) -> Any:
+    """Along positions, as mixers multiply: x [batch, positions, features]."""
+    return x + jnp.einsum("buc,uv->bvc", jnp.tanh(jnp.einsum("btc,tu->buc", x, a)), b)
+
+
+@pytest.mark.parametrize("features", [1024, 512])
+def test_a_product_along_a_sharded_dim(features: int) -> None:
+    """Rows stay long enough for vector units: 128 elements of 1,024 on each device, or none."""
+    a, b, x = arr(16, 32), arr(32, 16), arr(2, 16, features)
+    planned = check(mixed, (a, b, x), make_mesh(s=8), (P(), P(), ROW), ROW)
+    once = x.nbytes / 8 * 7 / 8
+    by_features = {("all_to_all", ("s",)): (2, 2 * once)}
+    assert (kinds(planned) == by_features) == (features == 1024)
+
+
+def test_the_sum_of_a_product_that_all_devices_need() -> None:
+    """Of [64, 32] x [32, 2100] contracted over sharded dims a sum sends everything twice."""
+    x, w = arr(2048, 64), arr(64, 2100)
+    places = (P(None, "d"), P("s"))
+    planned = check(jnp.matmul, (x, w), make_mesh(d=2, s=4), places, P())
+    off = check(jnp.matmul, (x, w), make_mesh(d=2, s=4), places, P(), **OFF)
+    assert {kind for kind, _ in kinds(planned)} == {"all_to_all", "all_gather"}
+    assert total(planned) < 0.51 * total(off)
+
+
+def test_a_loop_that_adds_up_reduces_once() -> None:
+    """The cut takes the reduction for one in each step; the plan knows better, and is kept."""
+    w, x = arr(64, 64), arr(16, 8, 64)
+
+    def loss(w: Any, x: Any) -> Any:
+        return (lax.scan(lambda c, x: (jnp.tanh(c @ w + x), None), x[0], x)[0] ** 2).sum()
+
+    places = (P(), P(None, "s"))
+    planned = check(jax.grad(loss), (w, x), make_mesh(s=8), places, P())
+    assert kinds(planned) == {("all_reduce", ("s",)): (1, 2 * w.nbytes * 7 / 8)}
+
+
+def test_branches_and_calls() -> None:
+    w = weights()
+
+    def f(w: Any, x: Any, flag: Any) -> Any:
+        made = lax.cond(flag, attend, lambda w, x: attend(w, 2 * x), w, x)
+        return jax.jit(attend)(w, made)
+
+    args, places = (w, X, np.array(True)), (placed(w), ROW, P())
+    planned = check(f, args, make_mesh(s=8), places, ROW)
+    assert {kind for kind, _ in kinds(planned)} == {"all_to_all"}
+
+
+def test_regions_that_are_manual_stay() -> None:
+    """What knows an axis by name has its own shards of it."""
+    w, mesh = weights(), make_mesh(s=8)
+
+    def f(w: Any, x: Any) -> Any:
+        q, k = (jnp.einsum("btc,chd->bthd", x, w[n]) for n in "qk")
+        local = jax.shard_map(lambda q: q * (1 + lax.axis_index("s")), mesh=mesh,
+                              in_specs=P(None, "s"), out_specs=P(None, "s"))  # fmt: skip
+        return jnp.einsum("bqhd,bkhd->bqk", local(q), k)
+
+    check(f, (w, X), mesh, (placed(w), ROW), ROW)
+
+
+def plans(hidden: tuple[str, ...], shards: int) -> set[str]:
+    """Kinds of collectives of attention where some run beside computation."""
+    mesh = AbstractMesh((shards,), ("s",))
+    shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), weights(shards))
+    x = jax.ShapeDtypeStruct((BATCH, 8 * shards, shards * DIM), jnp.float32)
+    stage = spmd.jit(attend, mesh=mesh, in_shardings=(placed(shapes), ROW), out_shardings=ROW)
+    found = stage.trace(shapes, x).propagate()
+    layouts = [[s.layout for s in map(found.result.of, values)] for values in
+               (found.result.program.body.inputs, found.result.program.body.outputs)]  # fmt: skip
+    plan = planner.make_plan(found.result, *layouts, hidden=hidden)
+    return {s.kind for one, _ in plan.body.walk() if isinstance(one, moved.Move)
+            for s in one.plan.steps}  # fmt: skip
+
+
+def test_what_runs_beside_computation_is_cheaper() -> None:
+    """TPUs gather ahead, and wait for an all-to-all: keys and values of eight devices are gathered,
+    of 16 an eighth is less."""
+    assert plans((), 8) == {"all_to_all"}
+    assert plans(("all_gather",), 8) == {"all_gather"}
+    assert plans(("all_gather",), 16) == {"all_to_all"}
+    assert plans(("all_gather", "all_to_all"), 8) == {"all_to_all"}
+
+
+def test_the_diagnostic_says_what_moved() -> None:
+    w = weights()
+    stage = spmd.jit(attend, mesh=make_mesh(s=8), in_shardings=(placed(w), ROW), strict=True)
+    (told,) = stage.trace(w, X).propagate().partition().diagnostics
+    count = told.text.split()[5]
+    assert (told.kind, told.value, told.bytes) == ("moved", "s", 0.0)
+    assert told.text == (
+        f"shards another dim of what {count} operations around dot_general read and make: "
+        "all-to-alls take it there and back, for less than gathers or sums would send"
+    )
+    assert told.remedy == "annotate what should stay, or disable_passes=['moved_axes']"
+    assert "test_moved_axes.py:" in told.source and "(attend)" in told.source
+
+
+def exhaustive(fun: Any, args: Any, places: Any, out: Any) -> tuple[float, float]:
+    """The cost of the plan, and of the cheapest where each value along the stretch has the axis on
+    either dim, by trying all."""
+    mesh = AbstractMesh((4,), ("s",))
+    stage = spmd.jit(fun, mesh=mesh, in_shardings=places, out_shardings=out)
+    found = stage.trace(*args).propagate().result
+    layouts = [[found.of(v).layout for v in values] for values in
+               (found.program.body.inputs, found.program.body.outputs)]  # fmt: skip
+
+    def cost(plan: Any) -> float:
+        return sum(moved._spent(plan.body, ()))
+
+    stretches: list[Any] = []
+
+    class Seen(moved.Stretch):
+        def __init__(self, *args: Any):
+            super().__init__(*args)
+            stretches.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moved, "Stretch", Seen)
+        chosen = cost(planner.make_plan(found, *layouts))
+    costs = []
+    for stretch in stretches:
+        made = [v for op in stretch.ops.values() for v in op.outputs]
+        free = [v for v in made if stretch.member(v) and stretch.layouts(v)[1]
+                and v.id not in stretch.around.ends]  # fmt: skip
+        for picks in itertools.product((0, 1), repeat=min(len(free), 9)):
+            assumed = {v.id: stretch.layouts(v)[p] for v, p in zip(free, picks, strict=False)}
+            costs.append(cost(planner.make_plan(found, *layouts, ("moved_axes",), assumed)))
+    return chosen, min(costs)
+
+
+def chain(x: Any, a: Any) -> Any:
+    """Along the sharded dim, between elementwise steps."""
+    y = jnp.tanh(x * 2)
+    return jnp.sin(jnp.einsum("tc,tu->uc", y, a)) + 1
+
+
+CHAINS = (
+    (chain, (arr(64, 512), arr(64, 64)), (P("s"), P()), P("s")),
+    (chain, (arr(64, 512), arr(64, 256)), (P("s"), P()), P("s")),
+    (chain, (arr(256, 512), arr(256, 8)), (P("s"), P()), P()),
+    (lambda x, a: chain(chain(x, a), a), (arr(64, 512), arr(64, 64)), (P("s"), P()), P("s")),
+    (lambda x: jnp.abs(jnp.fft.fft(jnp.sin(x), axis=0)), (arr(64, 512),), (P("s"),), P("s")),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(CHAINS)))
+def test_nothing_along_a_stretch_is_cheaper(case: int) -> None:
+    chosen, best = exhaustive(*CHAINS[case])
+    assert chosen <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("case", range(len(CHAINS)))
+def test_chains_have_the_values_of_the_unsharded_program(case: int) -> None:
+    fun, args, places, out = CHAINS[case]
+    check(fun, args, make_mesh(s=4), places, out)
