@@ -278,7 +278,7 @@ class Stretch:
                 way = self._way(op, there)
                 yield (node, _SINK, way.cost) if there else (_SOURCE, node, way.cost)
                 for value, need in zip(op.inputs, way.needs, strict=True):
-                    if value.rank and not of_nothing(value):
+                    if value.rank:
                         reads.setdefault(_Read(value, need, there), []).append(node)
             if not movable:
                 yield node, _SINK, math.inf

@@ -140,7 +140,8 @@ def test_no_parallelism_of_train_is_refused(parallelism: str, mesh: dict[str, in
     given = dataclasses.replace(run.mesh, parallelism=parallelism)
     step = plan(dataclasses.replace(run, model=model, mesh=given), make_mesh(**mesh)).partitioned
     forbid_waste(step.diagnostics)
-    kinds = {(d.kind, d.value) for d in step.diagnostics}
+    # Few tokens: large weights stay in parts where activations can move instead (`moved`).
+    kinds = {(d.kind, d.value) for d in step.diagnostics if d.kind != "moved"}
     gathered = {"fsdp": {"fsdp"}, "tensor_sequence": {"tensor"}, "2d": {"tensor"},
                 "fsdp+tensor": {"fsdp"}}  # fmt: skip
     assert kinds == {("conflict", axis) for axis in gathered.get(parallelism, ())}
