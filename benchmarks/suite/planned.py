@@ -25,7 +25,9 @@ from benchmarks.suite.registry import matching
 from spmd import collectives
 
 # Those that change plans on every target.
-PASSES = ("shared_sums", "shared_gathers", "loop_sums", "loop_invariants", "late_broadcasts")
+PASSES = (
+    "moved_axes", "shared_sums", "shared_gathers", "loop_sums", "loop_invariants", "late_broadcasts",
+)
 PLENTY = 1 << 50  # bytes of memory
 SIZES = {"small": RUNS, "large": LARGE}
 

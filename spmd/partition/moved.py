@@ -15,10 +15,11 @@ from collections.abc import Collection
 from typing import Any
 
 from sharding.program import Op
+from spmd.partition.around import Surroundings, as_tensors, waited, work
 from spmd.partition.choose import costs
 from spmd.partition.placed import makes, needs
 from spmd.partition.plan import Diagnostic, Move, RegionPlan
-from spmd.partition.stretch import Stretch, Surroundings, as_tensors, waited, work
+from spmd.partition.stretch import Stretch
 
 # What a program has to save, as a part of what it sends.
 WORTH = 0.2

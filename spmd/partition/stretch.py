@@ -15,142 +15,21 @@ stay. Across the boundary of a region a value is read as it lies on the other si
 
 import math
 from collections import deque
-from collections.abc import Collection, Hashable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Iterator
+from typing import NamedTuple
 
-from sharding.mesh import MeshShape, axes_size, axis_size, overlap
-from sharding.program import Op, Region, Value
-from sharding.reach import Reach
-from sharding.region import Port
-from sharding.rule import Kind, Rule
+from sharding.mesh import axes_size, overlap
+from sharding.program import Op, Value
 from sharding.spec import Layout
-from spmd.partition.again import of_nothing
-from spmd.partition.choose import costs, iterations
+from spmd.partition.around import Flow, Surroundings
 from spmd.partition.cut import Edge, source_side
-from spmd.partition.placed import makes, needs
-from spmd.partition.plan import Assignment
-from spmd.partition.reshard import Plan, plan
-from spmd.partition.tensor import Tensor
 
 # Equations that are decided together; further ones stay as they are.
 WINDOW = 512
-# What a collective costs that runs beside computation, as a part of what it sends.
-HIDDEN = 1 / 6
-# Operations that weigh as much as a byte on a link: a tenth of what a chip multiplies in its time.
-FLOPS_PER_BYTE = 256.0
 # Elements of rows that stay together: a vector unit works on that many at once.
 LANES = 128
 
 _SOURCE, _SINK = "source", "sink"
-
-
-def work(rule: Rule, assignment: Assignment, mesh: MeshShape) -> float:
-    """Of a product, in bytes on a link; what is elementwise is done beside it."""
-    if rule.flops == 1:
-        return 0.0
-    return iterations(rule, assignment.axes, mesh) * rule.flops / FLOPS_PER_BYTE
-
-
-def waited(found: Plan, hidden: Collection[str]) -> float:
-    """The cost of a reshard, less what is hidden of it.
-
-    Args:
-      hidden: kinds of collectives that run beside computation.
-    """
-    apart = sum(step.bytes for step in found.steps if step.kind in hidden)
-    return found.cost - (1 - HIDDEN) * apart
-
-
-def as_tensors(values: Iterable[Value], layouts: Iterable[Layout]) -> tuple[Tensor, ...]:
-    """Values in layouts, as the choice of an assignment is asked about them."""
-    return tuple(
-        Tensor(v.shape, v.itemsize, (layout,), anywhere=of_nothing(v))
-        for v, layout in zip(values, layouts, strict=True)
-    )
-
-
-class Flow(NamedTuple):
-    """A value as it is called across the boundary of a region, or in a loop's next step.
-
-    Attributes:
-      port: None for what a loop carries.
-      inward: whether it flows into the region.
-    """
-
-    target: Value
-    port: Port | None = None
-    inward: bool = False
-
-
-class Surroundings:
-    """What the stretches of a program have in common.
-
-    Args:
-      planner: `planner._Planner`.
-    """
-
-    def __init__(self, planner: Any):
-        self.planner, self.mesh = planner, planner.mesh
-        self.program = planner.propagated.program
-        self.reach = Reach(self.program.values, planner.propagated.links)
-        self.trips: dict[int, int] = {}  # of equations, by index
-        self.made: dict[int, int] = {}  # how often values are
-        self.flows: dict[int, list[Flow]] = {}
-        self.near: dict[int, list[Value]] = {}
-        self.held: set[int] = set()  # values of regions that know axes by name
-        self._count(self.program.body, 1)
-        self.ends = {v.id for v in (*self.program.body.inputs, *self.program.body.outputs)}
-
-    def _count(self, region: Region, trips: int) -> None:
-        self.made.update((v.id, trips) for v in (*region.inputs, *region.consts))
-        for op in region.ops:
-            self.made.update((v.id, trips) for v in op.outputs)
-            self.trips[op.index] = trips
-            if op.control is None:
-                continue
-            for inner in op.regions:
-                self._count(inner, trips * op.control.trips(op))
-            for source, flow in _flows(op):
-                self.flows.setdefault(source.id, []).append(flow)
-                self.near.setdefault(source.id, []).append(flow.target)
-                self.near.setdefault(flow.target.id, []).append(source)
-                if op.control.manual(op.params) is not None:
-                    self.held |= {source.id, flow.target.id}
-
-    def others(self, op: Op, axis: str) -> list[int]:
-        """Dims of the program that an operation could have an axis on instead."""
-        shards, found = axis_size(self.mesh, axis), {}
-        values = (*op.inputs, *op.outputs)
-        for name, factor in op.rule.factors.items():
-            where = op.rule.where[name]
-            even = factor.size and factor.size % shards == 0
-            if factor.kind is Kind.PASS and even and len({t for t, _ in where}) > 1:
-                t, d = where[0]
-                found[self.reach.dim(values[t], d)] = None
-        return list(found)
-
-
-def _flows(op: Op) -> Iterator[tuple[Value, Flow]]:
-    assert op.control is not None
-    for port in op.in_ports:
-        inner = op.regions[port.region].inputs[port.inner]
-        yield op.inputs[port.outer], Flow(inner, port, inward=True)
-    for port in op.out_ports:
-        yield op.regions[port.region].outputs[port.inner], Flow(op.outputs[port.outer], port)
-    for region, out, into in op.control.carries(op):
-        yield op.regions[region].outputs[out], Flow(op.regions[region].inputs[into])
-
-
-class _Way(NamedTuple):
-    """How an equation runs with the axis on one of the dims.
-
-    Attributes:
-      cost: its work, and what brings its results to where they are wanted.
-      needs: layouts of its operands.
-    """
-
-    cost: float
-    needs: tuple[Layout, ...]
 
 
 class _Read(NamedTuple):
@@ -213,8 +92,7 @@ class Stretch:
 
     def member(self, value: Value) -> bool:
         """Whether a value has the other dim."""
-        reach = self.around.reach
-        return any(reach.dim(value, d) == self.dim for d in range(value.rank))
+        return self.dim in self.around.dims(value)
 
     def node(self, value: Value) -> Hashable:
         """The node of what makes a value."""
@@ -230,8 +108,7 @@ class Stretch:
         return found
 
     def _other(self, value: Value, here: Layout) -> Layout | None:
-        reach = self.around.reach
-        dims = [d for d in range(value.rank) if reach.dim(value, d) == self.dim]
+        dims = [d for d, dim in enumerate(self.around.dims(value)) if dim == self.dim]
         if here.partial or len(dims) > 1:
             return None
         if not dims:
@@ -275,8 +152,10 @@ class Stretch:
         for i, op in self.ops.items():
             node, movable = ("op", i), self._movable(op)
             for there in (False, True)[: 1 + movable]:
-                way = self._way(op, there)
-                yield (node, _SINK, way.cost) if there else (_SOURCE, node, way.cost)
+                ins, outs = ([self._at(v, there) for v in vs] for vs in (op.inputs, op.outputs))
+                way = self.around.way(op, ins, outs)
+                price = self.around.trips[i] * way.cost
+                yield (node, _SINK, price) if there else (_SOURCE, node, price)
                 for value, need in zip(op.inputs, way.needs, strict=True):
                     if value.rank:
                         reads.setdefault(_Read(value, need, there), []).append(node)
@@ -303,33 +182,15 @@ class Stretch:
         here, other = self.layouts(value)
         return other if there and other is not None else here
 
-    def _way(self, op: Op, there: bool) -> _Way:
-        operands, results = (
-            as_tensors(values, [self._at(v, there) for v in values])
-            for values in (op.inputs, op.outputs)
-        )
-        rule, trips = op.rule, self.around.trips[op.index]
-        assignment, _ = costs(rule, operands, results, self.mesh)
-        total = work(rule, assignment, self.mesh)
-        made = makes(rule, assignment, self.mesh)
-        for value, layout, tensor in zip(op.outputs, made, results, strict=True):
-            total += self._moving(layout, tensor.layouts[0], value)
-        return _Way(trips * total, needs(rule, assignment, operands, self.mesh))
-
-    def _moving(self, src: Layout, dst: Layout, value: Value) -> float:
-        if src == dst or of_nothing(value):
-            return 0.0
-        return waited(plan(src, dst, value.shape, value.itemsize, self.mesh), self.planner.hidden)
-
     def _read(self, read: _Read, readers: list[Hashable]) -> Iterator[Edge]:
         """Bringing a value to its readers that have the axis on the one dim, or on the other."""
         value, need, there = read
         made, trips = self.node(value), self.around.made[value.id]
         node = ("read", value.id, need, there)
-        stays = trips * self._moving(self._at(value, False), need, value)
+        stays = trips * self.around.moving(self._at(value, False), need, value)
         moved = stays
         if self.has(value):
-            moved = trips * self._moving(self._at(value, True), need, value)
+            moved = trips * self.around.moving(self._at(value, True), need, value)
         if there:
             yield node, _SINK, moved
             yield from ((reader, node, math.inf) for reader in readers)
@@ -350,7 +211,8 @@ class Stretch:
             yield node, _SINK, math.inf
             return
         if value.id in self.around.ends or outside:
-            yield node, _SINK, self.around.made[value.id] * self._moving(other or here, here, value)
+            back = self.around.moving(other or here, here, value)
+            yield node, _SINK, self.around.made[value.id] * back
         for flow in self.around.flows.get(value.id, ()):
             decided = self.has(flow.target)
             reader = self.node(flow.target) if decided else _SINK

@@ -18,6 +18,7 @@ from sharding import P, shard
 from spmd.chips import CHIPS
 from spmd.options import Options
 from spmd.partition import moved, planner, stretch
+from spmd.partition.around import Surroundings
 from spmd.target import hidden
 from tests.oracle import check, kinds, make_mesh
 
@@ -357,6 +358,23 @@ def test_what_is_not_decided_together_counts(monkeypatch: pytest.MonkeyPatch, se
     monkeypatch.setattr(stretch, "WINDOW", 4)
     chosen, best = exhaustive(*drawn(seed, STEPS), most=0)  # as without the pass
     assert chosen <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("window", [1, 512])
+def test_the_way_back_counts(monkeypatch: pytest.MonkeyPatch, window: int) -> None:
+    """To what is not decided with an equation, and to what stays for other reasons."""
+    monkeypatch.setattr(stretch, "WINDOW", window)
+    mesh, places = AbstractMesh((4,), ("s",)), (P("s"),)
+    stage = spmd.jit(lambda x: shard(rows(x), "s", None), mesh=mesh, in_shardings=places)
+    propagated = stage.trace(jax.ShapeDtypeStruct((64, 512), jnp.float32)).propagate().result
+    around = Surroundings(planner._Planner(propagated, propagated.mesh, ("moved_axes",), ()))
+    (product,) = [op for op in around.program.ops() if op.rule.flops > 1]
+    (dim,) = around.others(product, "s")
+    whole = 64 * 512 * 4
+    gathered, there_and_back = whole * 3 / 4, 2 * whole / 4 * 3 / 4
+    gain = stretch.Stretch(around, product, "s", dim).gain
+    # what steps and copies cost aside
+    assert gain == pytest.approx(gathered - there_and_back, abs=whole / 10)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -1,0 +1,177 @@
+"""What the stretches of a program have in common: dims, how often things happen, what they cost."""
+
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from sharding.mesh import MeshShape, axis_size
+from sharding.program import Op, Region, Value
+from sharding.reach import Reach
+from sharding.region import Port
+from sharding.rule import Kind, Rule
+from sharding.spec import Layout
+from spmd.partition.again import of_nothing
+from spmd.partition.choose import costs, iterations
+from spmd.partition.placed import makes, needs
+from spmd.partition.plan import Assignment
+from spmd.partition.reshard import Plan, plan
+from spmd.partition.tensor import Tensor
+
+# What a collective costs that runs beside computation, as a part of what it sends.
+HIDDEN = 1 / 6
+# Operations that weigh as much as a byte on a link: a tenth of what a chip multiplies in its time.
+FLOPS_PER_BYTE = 256.0
+
+
+def work(rule: Rule, assignment: Assignment, mesh: MeshShape) -> float:
+    """Of a product, in bytes on a link; what is elementwise is done beside it."""
+    if rule.flops == 1:
+        return 0.0
+    return iterations(rule, assignment.axes, mesh) * rule.flops / FLOPS_PER_BYTE
+
+
+def waited(found: Plan, hidden: Collection[str]) -> float:
+    """The cost of a reshard, less what is hidden of it.
+
+    Args:
+      hidden: kinds of collectives that run beside computation.
+    """
+    apart = sum(step.bytes for step in found.steps if step.kind in hidden)
+    return found.cost - (1 - HIDDEN) * apart
+
+
+def as_tensors(values: Iterable[Value], layouts: Iterable[Layout]) -> tuple[Tensor, ...]:
+    """Values in layouts, as the choice of an assignment is asked about them."""
+    return tuple(
+        Tensor(v.shape, v.itemsize, (layout,), anywhere=of_nothing(v))
+        for v, layout in zip(values, layouts, strict=True)
+    )
+
+
+class Way(NamedTuple):
+    """How an equation runs.
+
+    Attributes:
+      cost: its work, and what brings its results to where they are wanted.
+      needs: layouts of its operands.
+    """
+
+    cost: float
+    needs: tuple[Layout, ...]
+
+
+class Flow(NamedTuple):
+    """A value as it is called across the boundary of a region, or in a loop's next step.
+
+    Attributes:
+      port: None for what a loop carries.
+      inward: whether it flows into the region.
+    """
+
+    target: Value
+    port: Port | None = None
+    inward: bool = False
+
+
+class Surroundings:
+    """What the stretches of a program have in common.
+
+    Args:
+      planner: `planner._Planner`.
+    """
+
+    def __init__(self, planner: Any):
+        self.planner, self.mesh = planner, planner.mesh
+        self.program = planner.propagated.program
+        self.reach = Reach(self.program.values, planner.propagated.links)
+        self.trips: dict[int, int] = {}  # of equations, by index
+        self.made: dict[int, int] = {}  # how often values are
+        self.flows: dict[int, list[Flow]] = {}
+        self.near: dict[int, list[Value]] = {}
+        self.held: set[int] = set()  # values of regions that know axes by name
+        self._count(self.program.body, 1)
+        self.ends = {v.id for v in (*self.program.body.inputs, *self.program.body.outputs)}
+        self._dims: dict[int, tuple[int, ...]] = {}
+        self._nothing: dict[int, bool] = {}
+        self._ways: dict[Hashable, Way] = {}
+
+    def dims(self, value: Value) -> tuple[int, ...]:
+        """The dims of the program that those of a value are."""
+        found = self._dims.get(value.id)
+        if found is None:
+            found = tuple(self.reach.dim(value, d) for d in range(value.rank))
+            self._dims[value.id] = found
+        return found
+
+    def of_nothing(self, value: Value) -> bool:
+        """Whether it is made anywhere."""
+        found = self._nothing.get(value.id)
+        if found is None:
+            found = self._nothing[value.id] = of_nothing(value)
+        return found
+
+    def way(self, op: Op, operands: Sequence[Layout], results: Sequence[Layout]) -> Way:
+        """How an equation runs once where its operands lie so, and its results are wanted so;
+        worked out once for all that are alike."""
+        sizes = tuple((v.shape, v.itemsize, self.of_nothing(v)) for v in (*op.inputs, *op.outputs))
+        key = (op.rule.canonical, sizes, tuple(operands), tuple(results))
+        found = self._ways.get(key)
+        if found is None:
+            found = self._ways[key] = self._way(op, operands, results)
+        return found
+
+    def _way(self, op: Op, operands: Sequence[Layout], results: Sequence[Layout]) -> Way:
+        ins, outs = as_tensors(op.inputs, operands), as_tensors(op.outputs, results)
+        assignment, _ = costs(op.rule, ins, outs, self.mesh)
+        total = work(op.rule, assignment, self.mesh)
+        made = makes(op.rule, assignment, self.mesh)
+        for value, layout, wanted in zip(op.outputs, made, results, strict=True):
+            total += self.moving(layout, wanted, value)
+        return Way(total, needs(op.rule, assignment, ins, self.mesh))
+
+    def moving(self, src: Layout, dst: Layout, value: Value) -> float:
+        """What it costs to bring a value from one layout to another."""
+        if src == dst or self.of_nothing(value):
+            return 0.0
+        return waited(plan(src, dst, value.shape, value.itemsize, self.mesh), self.planner.hidden)
+
+    def _count(self, region: Region, trips: int) -> None:
+        self.made.update((v.id, trips) for v in (*region.inputs, *region.consts))
+        for op in region.ops:
+            self.made.update((v.id, trips) for v in op.outputs)
+            self.trips[op.index] = trips
+            if op.control is None:
+                continue
+            for inner in op.regions:
+                self._count(inner, trips * op.control.trips(op))
+            for source, flow in _flows(op):
+                self.flows.setdefault(source.id, []).append(flow)
+                self.near.setdefault(source.id, []).append(flow.target)
+                self.near.setdefault(flow.target.id, []).append(source)
+                if op.control.manual(op.params) is not None:
+                    self.held |= {source.id, flow.target.id}
+
+    def others(self, op: Op, axis: str) -> list[int]:
+        """Dims of the program that an operation could have an axis on instead, of those that do
+        not have it already."""
+        shards, found = axis_size(self.mesh, axis), {}
+        values = (*op.inputs, *op.outputs)
+        layouts = [self.planner.wanted(v) for v in values]
+        for name, factor in op.rule.factors.items():
+            where = op.rule.where[name]
+            free = not any(axis in layouts[t].dims[d] for t, d in where)
+            even = factor.size and factor.size % shards == 0
+            if free and factor.kind is Kind.PASS and even and len({t for t, _ in where}) > 1:
+                t, d = where[0]
+                found[self.dims(values[t])[d]] = None
+        return list(found)
+
+
+def _flows(op: Op) -> Iterator[tuple[Value, Flow]]:
+    assert op.control is not None
+    for port in op.in_ports:
+        inner = op.regions[port.region].inputs[port.inner]
+        yield op.inputs[port.outer], Flow(inner, port, inward=True)
+    for port in op.out_ports:
+        yield op.regions[port.region].outputs[port.inner], Flow(op.outputs[port.outer], port)
+    for region, out, into in op.control.carries(op):
+        yield op.regions[region].outputs[out], Flow(op.regions[region].inputs[into])
