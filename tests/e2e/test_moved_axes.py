@@ -305,8 +305,9 @@ def step(y: Any) -> Any:
     return jnp.sin(rows(y))
 
 
-def double(y: Any) -> Any:
-    return jax.shard_map(lambda y: 2 * y, mesh=make_mesh(s=4), in_specs=P("s"), out_specs=P("s"))(y)
+def by_hand(y: Any) -> Any:
+    mesh, rows = make_mesh(s=4), P("s")
+    return jax.shard_map(lambda y: jnp.sin(y @ B) @ B, mesh=mesh, in_specs=rows, out_specs=rows)(y)
 
 
 STEPS: dict[str, Callable[[Any, Any], Any]] = {
@@ -319,7 +320,7 @@ STEPS: dict[str, Callable[[Any, Any], Any]] = {
     "add": lambda y, x: y + x,
     "turned": lambda y, x: jnp.sin(y.T).T,
     "annotated": lambda y, x: shard(y, "s", None),
-    "manual": lambda y, x: double(y),
+    "manual": lambda y, x: by_hand(y),
     "loop": lambda y, x: lax.scan(lambda y, _: (step(y), None), y, None, length=3)[0],
     "invariant": lambda y, x: lax.fori_loop(0, 3, lambda i, z: z + rows(y) * i, jnp.zeros_like(y)),
     "stacked": lambda y, x: lax.scan(lambda y, _: (step(y), y), y, None, length=3)[1].sum(0),
@@ -358,6 +359,18 @@ def test_what_is_not_decided_together_counts(monkeypatch: pytest.MonkeyPatch, se
     monkeypatch.setattr(stretch, "WINDOW", 4)
     chosen, best = exhaustive(*drawn(seed, STEPS), most=0)  # as without the pass
     assert chosen <= best * (1 + 1e-9)
+
+
+def test_what_knows_its_axis_by_name_keeps_its_shards() -> None:
+    """Its weights are those of the stretch, and so their columns go through the region."""
+    (x,) = args = (arr(64, 512),)
+
+    def fun(x: Any) -> Any:
+        return rows(by_hand(rows(x @ B)) @ B)
+
+    planned = check(fun, args, make_mesh(s=4), (P("s"),), P("s"))
+    once = x.nbytes / 4 * 3 / 4
+    assert kinds(planned) == {("all_to_all", ("s",)): (4, 4 * once)}
 
 
 @pytest.mark.parametrize("window", [1, 512])
