@@ -70,8 +70,10 @@ class _Planning(NamedTuple):
 
     def smaller(self, plan: ProgramPlan, limit: int) -> ProgramPlan:
         """Of the ways to hold less the one that fits and sends least, or that holds least."""
-        plans = [plan]
-        for without in _FOR_MEMORY:
+        plans, ways = [plan], _FOR_MEMORY
+        if any(told.kind == "moved" for told in plan.diagnostics):
+            ways = (*ways, *((*way, "moved_axes") for way in ((), *_FOR_MEMORY)))
+        for without in ways:
             other = self.planned(without=without)
             plans += [other] if all(other.body != each.body for each in plans) else []
         found = [(each, self.ordered(each)) for each in plans]

@@ -47,6 +47,15 @@ def as_tensors(values: Iterable[Value], layouts: Iterable[Layout]) -> tuple[Tens
     )
 
 
+def lying(planner: Any, value: Value) -> Layout:
+    """Where a value is wanted; constants are whole.
+
+    Args:
+      planner: `planner._Planner`.
+    """
+    return planner.wanted(value) if value.const is None else Layout(((),) * value.rank)
+
+
 class Way(NamedTuple):
     """How an equation runs.
 
@@ -155,7 +164,7 @@ class Surroundings:
         not have it already."""
         shards, found = axis_size(self.mesh, axis), {}
         values = (*op.inputs, *op.outputs)
-        layouts = [self.planner.wanted(v) for v in values]
+        layouts = [lying(self.planner, v) for v in values]
         for name, factor in op.rule.factors.items():
             where = op.rule.where[name]
             free = not any(axis in layouts[t].dims[d] for t, d in where)

@@ -15,18 +15,20 @@ from collections.abc import Collection
 from typing import Any
 
 from sharding.program import Op
-from spmd.partition.around import Surroundings, as_tensors, waited, work
+from spmd.partition.around import Surroundings, as_tensors, lying, waited, work
 from spmd.partition.choose import costs
 from spmd.partition.placed import makes, needs
 from spmd.partition.plan import Diagnostic, Move, RegionPlan
-from spmd.partition.stretch import Stretch
+from spmd.partition.stretch import WINDOW, Stretch
 
-# What a program has to save, as a part of what it sends.
-WORTH = 0.2
+# What a program has to save, as a part of what it sends; and what it may send for less work.
+WORTH, MOST = 0.2, 1.5
+# Equations that are looked at, for each of the program: many starts may see the same ones.
+LOOKS = 16
 
 
 def move_axes(planner: Any) -> list[Diagnostic]:
-    """Changes the layouts that are wanted; says so, an entry per stretch of the program.
+    """Changes the layouts that are wanted; says so, an entry per axis.
 
     Args:
       planner: `planner._Planner`.
@@ -36,8 +38,9 @@ def move_axes(planner: Any) -> list[Diagnostic]:
     if not contested:
         return []
     around = Surroundings(planner)
+    looks = LOOKS * (len(around.trips) + WINDOW)
     seen: set[tuple[int, str, int]] = set()  # equations that were part of a stretch
-    moved: list[Diagnostic] = []
+    moved: dict[str, tuple[Op, set[int]]] = {}
     for op, axis in contested:
         dims = [dim for dim in around.others(op, axis) if (op.index, axis, dim) not in seen]
         if not dims or axis not in _contested(planner, op):
@@ -46,28 +49,32 @@ def move_axes(planner: Any) -> list[Diagnostic]:
         seen |= {(i, axis, stretch.dim) for stretch in stretches for i in stretch.ops}
         best = max(stretches, key=lambda stretch: stretch.gain)
         if best.gain > 0:
-            moved.append(_told(op, axis, best.move()))
-    return moved
+            moved.setdefault(axis, (op, set()))[1].update(best.move())
+        looks -= sum(len(stretch.ops) for stretch in stretches)
+        if looks < 0:
+            break
+    return [_told(axis, first, len(all)) for axis, (first, all) in moved.items()]
 
 
-def _told(op: Op, axis: str, count: int) -> Diagnostic:
+def _told(axis: str, first: Op, count: int) -> Diagnostic:
     text = (
-        f"shards another dim of what {count} operations around {op.primitive.name} read and make: "
-        "all-to-alls take it there and back, for less than gathers or sums would send"
+        f"shards another dim of what {count} operations read and make, the first around "
+        f"{first.primitive.name}: all-to-alls take it there and back, for less than gathers or "
+        "sums would send"
     )
     remedy = "annotate what should stay, or disable_passes=['moved_axes']"
-    return Diagnostic("moved", axis, text, 0.0, op.source, remedy, stated=True)
+    return Diagnostic("moved", axis, text, 0.0, first.source, remedy, stated=True)
 
 
 def cheaper(moved: RegionPlan, other: RegionPlan, hidden: Collection[str]) -> bool:
     """Whether a plan with axes on other dims is better than the one without: it takes some of what
-    that waits for, or multiplies, to be worth it.
+    that waits for, or multiplies, to be worth it, and it must not send much more.
 
     Args:
       hidden: as for `planner.make_plan`.
     """
     (waits, works), (before, worked) = _spent(moved, hidden), _spent(other, hidden)
-    return waits + works < before + worked - WORTH * before
+    return waits + works < before + worked - WORTH * before and waits < MOST * before
 
 
 def _spent(body: RegionPlan, hidden: Collection[str]) -> tuple[float, float]:
@@ -89,7 +96,7 @@ def _contested(planner: Any, op: Op) -> list[str]:
         return []
     if rule.annotation is not None or op.scope.manual is not None:
         return []
-    layouts = [planner.wanted(v) for v in op.inputs]
+    layouts = [lying(planner, v) for v in op.inputs]
     if not any(layout.used for layout in layouts):
         return []
     operands = as_tensors(op.inputs, layouts)

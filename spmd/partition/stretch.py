@@ -21,11 +21,13 @@ from typing import NamedTuple
 from sharding.mesh import axes_size, overlap
 from sharding.program import Op, Value
 from sharding.spec import Layout
-from spmd.partition.around import Flow, Surroundings
+from spmd.partition.around import Flow, Surroundings, lying
 from spmd.partition.cut import Edge, source_side
 
 # Equations that are decided together; further ones stay as they are.
 WINDOW = 512
+# Readers of a value that are too many to go on from all of them at once.
+MANY = 16
 # Elements of rows that stay together: a vector unit works on that many at once.
 LANES = 128
 
@@ -65,8 +67,8 @@ class Stretch:
         after = sum(c for a, b, c in edges if a in self._there and b not in self._there)
         self.gain = before - after
 
-    def move(self) -> int:
-        """Wants the axis on the other dim, where that is less; of how many equations."""
+    def move(self) -> set[int]:
+        """Wants the axis on the other dim, where that is less; of which equations."""
         made = [v for op in self.ops.values() for v in op.outputs]
         for value in (*made, *self.values.values()):
             moves = self.moves(value)
@@ -76,7 +78,7 @@ class Stretch:
                 self.planner.leave[value.id] = self._flowing(value, flow, not moves)
             if moves:
                 self.planner.layouts[value.id] = self.layouts(value)[1]
-        return sum(("op", i) in self._there for i in self.ops)
+        return {i for i in self.ops if ("op", i) in self._there}
 
     def moves(self, value: Value) -> bool:
         """Whether the axis is to shard the other dim of a value."""
@@ -103,7 +105,7 @@ class Stretch:
         """Where a value is wanted, and with the axis on the other dim; None: that cannot be."""
         found = self._layouts.get(value.id)
         if found is None:
-            here = self.planner.wanted(value)
+            here = lying(self.planner, value)
             found = self._layouts[value.id] = (here, self._other(value, here))
         return found
 
@@ -126,11 +128,13 @@ class Stretch:
         return Layout(tuple(axes))
 
     def _collect(self, start: Op) -> None:
-        """Equations that the dim goes through, those next to the first one first."""
+        """Equations that the dim goes through, those next to the first one first; through the
+        readers of what many read one after the other, each with what is made of it."""
         queue: deque[Op | Value] = deque((start,))
+        later: deque[Op | Value] = deque()
         seen: set[int] = set()
-        while queue and len(self.ops) < WINDOW:
-            at = queue.popleft()
+        while (queue or later) and len(self.ops) < WINDOW:
+            at = queue.popleft() if queue else later.popleft()
             if isinstance(at, Op):
                 if at.index not in self.ops:
                     self.ops[at.index] = at
@@ -142,7 +146,8 @@ class Stretch:
                 else:
                     self.values[at.id] = at
                 readers = self.around.program.readers[at.id]
-                queue += [op for op, _ in readers if op.control is None]
+                into = later if len(readers) > MANY else queue
+                into += [op for op, _ in readers if op.control is None]
                 queue += filter(self.member, self.around.near.get(at.id, ()))
 
     # --- what it costs ----------------------------------------------------------------------------
