@@ -196,7 +196,8 @@ def test_addends_are_reduced_together_where_each_alone_would_not_be() -> None:
 
 def test_the_way_back_gathers_gradients_and_keeps_nothing_whole() -> None:
     """To gather the gradient once, for both of its products, sends what reducing one of them to
-    shards sends; the other one then needs no input that was gathered on the way forward."""
+    shards sends; the other one then needs no input that was gathered on the way forward. (The small
+    weights would be gathered, were axes moved.)"""
     layers, width, batch = 4, 64, 4096
 
     def loss(ws: Any, x: Any) -> Any:
@@ -211,7 +212,7 @@ def test_the_way_back_gathers_gradients_and_keeps_nothing_whole() -> None:
     columns = [P(None, "tensor")] * layers
     found = check(
         lambda ws, x: jax.grad(loss)(ws, x), args, make_mesh(data=2, tensor=4),
-        (columns, P("data", "tensor")), columns,
+        (columns, P("data", "tensor")), columns, disable_passes=["moved_axes"],
     )  # fmt: skip
     counts = kinds(found)
     gathered = batch // 2 * width * 4 * 3 / 4
