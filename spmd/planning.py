@@ -8,6 +8,7 @@ from sharding.propagation import Propagated
 from sharding.spec import Layout
 from spmd.estimate import liveness
 from spmd.options import Options
+from spmd.partition.moved import moves
 from spmd.partition.plan import ProgramPlan
 from spmd.partition.planner import make_plan
 from spmd.partition.saved import save_gathers, sent
@@ -71,7 +72,7 @@ class _Planning(NamedTuple):
     def smaller(self, plan: ProgramPlan, limit: int) -> ProgramPlan:
         """Of the ways to hold less the one that fits and sends least, or that holds least."""
         plans, ways = [plan], _FOR_MEMORY
-        if any(told.kind == "moved" for told in plan.diagnostics):
+        if moves(plan):
             ways = (*ways, *((*way, "moved_axes") for way in ((), *_FOR_MEMORY)))
         for without in ways:
             other = self.planned(without=without)

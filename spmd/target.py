@@ -61,8 +61,7 @@ def suited(plan: ProgramPlan, options: Options) -> ProgramPlan:
     for name, change in _SUITED.get(chip.family, ()):
         needless = name in _UNLESS_KEPT and (chip.scatters or "async_collectives" in _told(options))
         plan = change(plan) if options.on(name) and not needless else plan
-    beside = options.on("async_collectives") or not chip.options
-    if chip.family == "tpu" and options.on("streams") and beside:
+    if _in_parts(chip, options):
         plan = in_streams(plan, chip)
     return plan
 
@@ -73,8 +72,19 @@ def hidden(options: Options) -> frozenset[str]:
     chip = chip_of(options.mesh)
     if chip is None:
         return frozenset()
-    in_parts = chip.family == "tpu" and "all_gather" in chip.overlaps and options.on("streams")
-    return chip.overlaps | (_REDUCTIONS if in_parts else frozenset())
+    beside = chip.overlaps if _beside(chip, options) else chip.overlaps - chip.offloaded
+    in_parts = "all_gather" in beside and _in_parts(chip, options)
+    return beside | (_REDUCTIONS if in_parts else frozenset())
+
+
+def _beside(chip: Chip, options: Options) -> bool:
+    """Whether the compiler runs beside computation what it can: with the chip's options, if any."""
+    return options.on("async_collectives") or not chip.options
+
+
+def _in_parts(chip: Chip, options: Options) -> bool:
+    """Whether instructions may run in parts, see `streams`."""
+    return chip.family == "tpu" and options.on("streams") and _beside(chip, options)
 
 
 def compiler_options(options: Options, plan: ProgramPlan | None = None) -> dict[str, Any]:

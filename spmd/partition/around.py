@@ -14,6 +14,7 @@ from spmd.partition.choose import costs, iterations
 from spmd.partition.placed import makes, needs
 from spmd.partition.plan import Assignment
 from spmd.partition.reshard import Plan, plan
+from spmd.partition.scope import whole
 from spmd.partition.tensor import Tensor
 
 # What a collective costs that runs beside computation, as a part of what it sends.
@@ -53,7 +54,7 @@ def lying(planner: Any, value: Value) -> Layout:
     Args:
       planner: `planner._Planner`.
     """
-    return planner.wanted(value) if value.const is None else Layout(((),) * value.rank)
+    return planner.wanted(value) if value.const is None else whole(value)
 
 
 class Way(NamedTuple):

@@ -18,13 +18,15 @@ from sharding.program import Op
 from spmd.partition.around import Surroundings, as_tensors, lying, waited, work
 from spmd.partition.choose import costs
 from spmd.partition.placed import makes, needs
-from spmd.partition.plan import Diagnostic, Move, RegionPlan
+from spmd.partition.plan import Diagnostic, Move, ProgramPlan, RegionPlan
 from spmd.partition.stretch import WINDOW, Stretch
 
 # What a program has to save, as a part of what it sends; and what it may send for less work.
 WORTH, MOST = 0.2, 1.5
 # Equations that are looked at, for each of the program: many starts may see the same ones.
 LOOKS = 16
+
+_KIND = "moved"  # of diagnostics
 
 
 def move_axes(planner: Any) -> list[Diagnostic]:
@@ -53,7 +55,7 @@ def move_axes(planner: Any) -> list[Diagnostic]:
         looks -= sum(len(stretch.ops) for stretch in stretches)
         if looks < 0:
             break
-    return [_told(axis, first, len(all)) for axis, (first, all) in moved.items()]
+    return [_told(axis, first, len(places)) for axis, (first, places) in moved.items()]
 
 
 def _told(axis: str, first: Op, count: int) -> Diagnostic:
@@ -63,7 +65,12 @@ def _told(axis: str, first: Op, count: int) -> Diagnostic:
         "sums would send"
     )
     remedy = "annotate what should stay, or disable_passes=['moved_axes']"
-    return Diagnostic("moved", axis, text, 0.0, first.source, remedy, stated=True)
+    return Diagnostic(_KIND, axis, text, 0.0, first.source, remedy, stated=True)
+
+
+def moves(plan: ProgramPlan) -> bool:
+    """Whether an axis shards another dim anywhere in a plan."""
+    return any(told.kind == _KIND for told in plan.diagnostics)
 
 
 def cheaper(moved: RegionPlan, other: RegionPlan, hidden: Collection[str]) -> bool:

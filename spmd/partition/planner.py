@@ -17,7 +17,7 @@ from spmd.partition.broadcasts import late_broadcasts
 from spmd.partition.choose import Alternatives, alternatives
 from spmd.partition.flattened import follow_flattened
 from spmd.partition.gathers import shared
-from spmd.partition.moved import cheaper, move_axes
+from spmd.partition.moved import cheaper, move_axes, moves
 from spmd.partition.placed import expected
 from spmd.partition.plan import (
     Compute,
@@ -48,13 +48,13 @@ def make_plan(
       hidden: kinds of collectives that run beside computation, see `target.hidden`.
     """
 
-    def planned(*off: str) -> tuple[ProgramPlan, bool]:
+    def planned(*off: str) -> ProgramPlan:
         planner = partial(_Planner, propagated, without=(*without, *off), hidden=hidden)
         return _planned(planner, propagated, in_layouts, out_layouts, assumed or {})
 
-    found, moved = planned()
-    if moved:
-        other, _ = planned("moved_axes")
+    found = planned()
+    if moves(found):
+        other = planned("moved_axes")
         found = found if cheaper(found.body, other.body, hidden) else other
     return found if "late_broadcasts" in without else late_broadcasts(found)
 
@@ -62,8 +62,12 @@ def make_plan(
 def _planned(
     make: "Callable[..., _Planner]", propagated: Propagated, in_layouts: Sequence[Layout],
     out_layouts: Sequence[Layout], assumed: Mapping[int, Layout],
-) -> tuple[ProgramPlan, bool]:  # fmt: skip
-    """A plan, and whether an axis moved in it."""
+) -> ProgramPlan:  # fmt: skip
+    """The plan, on a mesh as fine as it takes.
+
+    Args:
+      make: of a mesh, what is wanted on it.
+    """
     used = {a for s in set(propagated.shardings) for d in s.dims for a in d.axes}
     refs = {a for a in used.union(*(x.used for x in assumed.values())) if ":" in a}
     while True:
@@ -75,8 +79,7 @@ def _planned(
         body = planner.region(propagated.program.body, mesh, ins, outs)
         more = _sub_axes(body)
         if not more:
-            told = (*planner.diagnostics, *planner.moved)
-            return ProgramPlan(propagated.program, mesh, body, told), bool(planner.moved)
+            return ProgramPlan(propagated.program, mesh, body, tuple(planner.diagnostics))
         assert not more <= refs, f"parts of axes that are no parts of one another: {sorted(more)}"
         refs |= more
 
@@ -113,7 +116,8 @@ class _Planner:
         # Layouts in which values leave their regions, where they lie otherwise outside.
         self.leave: dict[int, Layout] = {}
         follow_flattened(self)
-        self.moved = move_axes(self) if self.on("moved_axes") else []
+        if self.on("moved_axes"):
+            self.diagnostics += move_axes(self)
 
     def on(self, name: str) -> bool:
         """Whether a pass is on."""

@@ -239,6 +239,9 @@ def test_what_chips_hide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIPS["v5e"], kind=CHIPS["cpu"].kind))
     assert hidden(Options(mesh)) == ahead | {"all_reduce", "reduce_scatter"}
     assert hidden(Options(mesh, disable_passes=("streams",))) == ahead
+    monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIPS["v5p"], kind=CHIPS["cpu"].kind))
+    assert hidden(Options(mesh)) == ahead | {"all_reduce", "reduce_scatter"}
+    assert hidden(Options(mesh, disable_passes=("async_collectives",))) == {"permute"}
     monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIPS["v3"], kind=CHIPS["cpu"].kind))
     assert hidden(Options(mesh)) == {"permute"}
 
