@@ -254,16 +254,11 @@ class Search:
         for step in one.plan.steps:
             if step.kind in self.chip.overlaps:
                 size += step.bytes
-            elif step.kind == "all_reduce" and self.gathers_alone:
+            elif step.kind == "all_reduce" and self.chip.gathers_alone:
                 size += step.bytes / 2  # see `scattered`
             elif step.bytes:
                 return 0.0
         return self.chip.ring_seconds(size)
-
-    @property
-    def gathers_alone(self) -> bool:
-        """Whether gathers run beside computation, and all-reduces do not."""
-        return "all_gather" in self.chip.overlaps and "all_reduce" not in self.chip.overlaps
 
     def _seconds(self, one: Move | Compute, parts: Parts | None = None) -> float:
         """Of a product, of arithmetic or memory; of one part of it, if it is given."""

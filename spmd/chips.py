@@ -16,11 +16,12 @@ Sources, by the names used below:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from sharding.errors import ArgumentError, Problem
 
-__all__ = ["ALIASES", "CHIPS", "Chip", "of_kind"]
+__all__ = ["ALIASES", "CHIPS", "EXCHANGES_AHEAD", "Chip", "of_kind"]
 
 GiB = 2**30
 
@@ -50,9 +51,11 @@ class Chip:
       node: devices in a node, for GPUs.
       overlaps: kinds of collectives that XLA runs beside computation, with `options`, in a
         program with explicit collectives; all others hold the device up.
+      unasked: of `overlaps`, the kinds for which XLA needs no `options`, where there are some.
+      offloaded: of `overlaps`, the kinds that SparseCores run, in the device's memory.
       options: (name, value) of XLA's options that such programs are compiled with.
-      scatters: whether XLA keeps a reduce-scatter among all devices without `options`, and makes no
-        all-reduce of it.
+      scatters: whether XLA keeps a reduce-scatter among all devices, and makes no all-reduce of it;
+        SparseCores do, with `options`.
     """
 
     name: str
@@ -74,13 +77,24 @@ class Chip:
     pod: int = 0
     node: int = 0
     overlaps: frozenset[str] = frozenset()
+    unasked: frozenset[str] = frozenset()
+    offloaded: frozenset[str] = frozenset()
     options: tuple[tuple[str, str], ...] = ()
     scatters: bool = False
 
     @property
-    def offloaded(self) -> frozenset[str]:
-        """Of `overlaps`, the kinds that SparseCores run, in the device's memory."""
-        return self.overlaps - _TPU if self.options else frozenset()
+    def gathers_alone(self) -> bool:
+        """Whether gathers run beside computation, and sums do not: those of streams are scattered
+        and gathered, see `scattered`."""
+        return "all_gather" in self.overlaps and "all_reduce" not in self.overlaps
+
+    def as_it_is(self) -> Chip:
+        """The chip for a compiler that is not told `options`."""
+        if not self.options:
+            return self
+        scatters = self.scatters and not self.offloaded
+        return replace(self, overlaps=self.unasked, offloaded=frozenset(), options=(),
+                       scatters=scatters)  # fmt: skip
 
     def ring_seconds(self, size: float) -> float:
         """Seconds in which a device sends `size` bytes in a ring, in both directions."""
@@ -104,25 +118,41 @@ class Chip:
         return known[dtype]
 
 
-# Of compiled programs, libtpu 0.0.42: all TPUs start permutes ahead, v5e all-gathers too. Those
-# with SparseCores run other collectives on them, where they are told to.
-_TPU = frozenset(("permute",))
-_OVERLAPS = dict.fromkeys(("v2", "v3", "v4"), _TPU) | {"v5e": _TPU | {"all_gather"}}
 # Of buffer assignments, libtpu 0.0.42, in MiB: 112, 48 and 90 are used at most. Of 128, 64 and 128
 # (book) the rest is left to kernels. On chips before these XLA puts no values there.
 _VMEM = {"v5e": 112, "v5p": 48, "v6e": 96}
-_OFFLOADED = ("all_gather", "all_reduce", "reduce_scatter")
-_SCATTERS = ("v2", "v3")  # of compiled programs, libtpu 0.0.42
+# Of compiled programs, libtpu 0.0.42: all TPUs start permutes ahead, from v5e on gathers too. Where
+# they are asked to, all start gathers and exchanges; SparseCores run other collectives.
+_PERMUTES = frozenset(("permute",))
+_GATHERS = frozenset(("permute", "all_gather"))
+_EXCHANGES = frozenset(("permute", "all_gather", "all_to_all"))
+_OFFLOADED = frozenset(("all_gather", "all_reduce", "reduce_scatter"))
+EXCHANGES_AHEAD = "xla_tpu_enable_async_all_to_all"
 # Collectives among the devices of one axis of the torus, and of two or three.
-_OFFLOAD = tuple(
-    (f"xla_tpu_enable_sparse_core_{what}", "true") for what in (
-        *(f"collective_offload_{kind}" for kind in _OFFLOADED),
-        *(f"collective_offload_{several}" for several in (
-            "2d_all_gather", "3d_all_gather", "nd_reduce_scatter"
-        )),
-        "offload_queuing_in_lhs",  # the scheduler knows that they take turns
-    )
+_OFFLOAD = (
+    *(f"xla_tpu_enable_sparse_core_collective_offload_{what}" for what in (
+        *sorted(_OFFLOADED), "2d_all_gather", "3d_all_gather", "nd_reduce_scatter"
+    )),
+    "xla_tpu_enable_sparse_core_offload_queuing_in_lhs",  # the scheduler knows they take turns
 )  # fmt: skip
+
+
+class _Ahead(NamedTuple):
+    """What XLA for a TPU runs beside computation; the attributes as those of `Chip`, and `options`
+    as names of what is switched on."""
+
+    options: tuple[str, ...]
+    unasked: frozenset[str] = _PERMUTES
+    offloaded: frozenset[str] = frozenset()
+    scatters: bool = False
+
+
+_BEFORE = _Ahead(("xla_enable_async_all_gather", EXCHANGES_AHEAD))
+_SPARSE = _Ahead((*_OFFLOAD, EXCHANGES_AHEAD), _PERMUTES, _OFFLOADED, True)
+_BESIDE = {
+    "v2": _BEFORE._replace(scatters=True), "v3": _BEFORE._replace(scatters=True), "v4": _BEFORE,
+    "v5e": _Ahead((EXCHANGES_AHEAD,), _GATHERS), "v5p": _SPARSE, "v6e": _SPARSE,
+}  # fmt: skip
 # NCCL runs on streams of its own.
 _GPU = frozenset(("permute", "all_gather", "all_reduce", "reduce_scatter", "all_to_all"))
 
@@ -136,12 +166,12 @@ def _tpu(
     # By default XLA multiplies float32 in one bfloat16 pass; exactly (Precision.HIGHEST) in 6.
     rates = (("bfloat16", bf16), ("int8", int8), ("float32", bf16 / 6))
     # DCN: 2.5e10 bytes/s per host (book), which the devices of the host share.
-    dcn = 2.5e10 / (host * cores)
+    dcn, ahead = 2.5e10 / (host * cores), _BESIDE[name]
     return Chip(name, "tpu", kind, rank, cores, rates, hbm * GiB, usable * GiB, hbm_bandwidth,
                 link, dcn, vmem_bytes=_VMEM.get(name, 0) * 2**20, clock=clock, wrap=wrap, pod=pod,
-                overlaps=_OVERLAPS.get(name, _TPU | frozenset(_OFFLOADED)),
-                options=() if name in _OVERLAPS else _OFFLOAD,
-                scatters=name in _SCATTERS)  # fmt: skip
+                overlaps=_EXCHANGES | ahead.offloaded, unasked=ahead.unasked,
+                offloaded=ahead.offloaded, options=tuple((x, "true") for x in ahead.options),
+                scatters=ahead.scatters)  # fmt: skip
 
 
 def _gpu(name: str, bf16: float, tf32: float, hbm: float, bandwidth: float, links: float,

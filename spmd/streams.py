@@ -74,7 +74,7 @@ class _Streams:
         for i, one in enumerate(body.code):
             if i in parts:
                 one = replace(one, parts=parts[i])
-                if isinstance(one, Move) and search.gathers_alone:
+                if isinstance(one, Move) and self.setting.chip.gathers_alone:
                     one = scattered(one, body.mesh)
             elif isinstance(one, Compute) and one.regions:
                 one = self.control(one, lie, trips, search.chain)

@@ -1,6 +1,6 @@
 """The chip that a program is compiled for, and what its compiler needs to be told."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,14 +8,15 @@ from jax.sharding import AbstractMesh
 
 from sharding.errors import ArgumentError, Problem
 from spmd import chips
-from spmd.chips import Chip
+from spmd.chips import EXCHANGES_AHEAD, Chip
 from spmd.estimate.fusion import ANY, Compiler
 from spmd.options import Options
-from spmd.partition.plan import ProgramPlan
+from spmd.partition.plan import Move, ProgramPlan
 from spmd.partition.products import keep_products
 from spmd.partition.scatters import split_scatters
 from spmd.partition.stacks import own_stacks
 from spmd.partition.transposed import reduce_transposed
+from spmd.partition.turned import turn_scatters
 from spmd.streams import in_streams, streams
 
 
@@ -49,42 +50,50 @@ _SUITED = {
     ),
     "cpu": (("keep_products", keep_products),),
 }  # fmt: skip
+_SUMS = ("all_reduce", "reduce_scatter")
+# Of a collective that runs beside computation, what a device waits for; of compiled programs. What
+# all devices exchange is copied before and after on TPUs.
+_AHEAD, _EXCHANGED = 1 / 6, 2 / 3
 # What the compiler or SparseCores do as it is needs no change.
 _UNLESS_KEPT = frozenset(("split_scatters",))
 
 
 def suited(plan: ProgramPlan, options: Options) -> ProgramPlan:
     """The plan as the compiler for the mesh's chip takes it best."""
-    chip = chip_of(options.mesh)
+    chip = _asked(options)
     if chip is None:
         return plan
     for name, change in _SUITED.get(chip.family, ()):
-        needless = name in _UNLESS_KEPT and (chip.scatters or "async_collectives" in _told(options))
+        needless = name in _UNLESS_KEPT and chip.scatters
         plan = change(plan) if options.on(name) and not needless else plan
     if _in_parts(chip, options):
         plan = in_streams(plan, chip)
-    return plan
+    turned = chip.family == "tpu" and options.on("turned_scatters")
+    return turn_scatters(plan) if turned else plan
 
 
-def hidden(options: Options) -> frozenset[str]:
-    """Kinds of collectives that can run beside computation: where streams give them something to
-    run beside, all that the compiler takes apart for them, too."""
-    chip = chip_of(options.mesh)
+def waits(options: Options) -> Mapping[str, float]:
+    """What a device waits for of what collectives of a kind send, as a part of it; of kinds that
+    are not there, for all of it. Sums in streams run beside the other stream, also where XLA waits
+    for those of others."""
+    chip = _asked(options)
     if chip is None:
-        return frozenset()
-    beside = chip.overlaps if _beside(chip, options) else chip.overlaps - chip.offloaded
-    in_parts = "all_gather" in beside and _in_parts(chip, options)
-    return beside | (_REDUCTIONS if in_parts else frozenset())
+        return {}
+    in_streams = _SUMS if chip.gathers_alone and _in_parts(chip, options) else ()
+    found = dict.fromkeys((*chip.overlaps, *in_streams), _AHEAD)
+    copied = {"all_to_all": _EXCHANGED} if chip.family == "tpu" else {}
+    return {kind: copied.get(kind, part) for kind, part in found.items()}
 
 
-def _beside(chip: Chip, options: Options) -> bool:
-    """Whether the compiler runs beside computation what it can: with the chip's options, if any."""
-    return options.on("async_collectives") or not chip.options
+def _asked(options: Options) -> Chip | None:
+    """The mesh's chip, as its compiler is told."""
+    chip = chip_of(options.mesh)
+    return chip if chip is None or options.on("async_collectives") else chip.as_it_is()
 
 
 def _in_parts(chip: Chip, options: Options) -> bool:
     """Whether instructions may run in parts, see `streams`."""
-    return chip.family == "tpu" and options.on("streams") and _beside(chip, options)
+    return chip.family == "tpu" and options.on("streams")
 
 
 def compiler_options(options: Options, plan: ProgramPlan | None = None) -> dict[str, Any]:
@@ -94,14 +103,15 @@ def compiler_options(options: Options, plan: ProgramPlan | None = None) -> dict[
     return {**told, **dict(options.compiler_options)}
 
 
-_REDUCTIONS = frozenset(("reduce_scatter", "all_reduce"))
 # What the compiler is told things for, by the name of the pass.
 _PURPOSES = {
     "async_collectives":
-        "collectives beside computation, which TPUs with SparseCores are asked for",
+        "collectives beside computation, which TPUs are asked for",
     "bounded_schedule": "an order of operations within memory_limit, which TPUs are asked for",
     "streams": "sums of two streams that stay two, which TPUs are asked for",
 }
+# Of all that is sent: what is exchanged is no more, and is waited for.
+_FEW = 1 / 32
 # Sums of this many bytes are not combined: XLA for TPUs makes one of those of two streams.
 _APART = {"xla_jf_crs_combiner_threshold_in_bytes": "1000000"}
 # Above this part of the memory, in percent, the scheduler is left to its own limit.
@@ -113,9 +123,23 @@ def _told(options: Options, plan: ProgramPlan | None = None) -> dict[str, dict[s
     chip = chip_of(options.mesh)
     if chip is None:
         return {}
-    found = {"async_collectives": dict(chip.options), "bounded_schedule": _schedule(chip, options)}
+    asked = dict(chip.options)
+    if plan is not None and not _exchanges(plan):
+        asked.pop(EXCHANGES_AHEAD, None)
+    found = {"async_collectives": asked, "bounded_schedule": _schedule(chip, options)}
     found["streams"] = _APART if plan is not None and streams(plan) else {}
     return {name: told for name, told in found.items() if told and options.on(name)}
+
+
+def _exchanges(plan: ProgramPlan) -> bool:
+    """Whether all devices exchange enough with each other to be worth starting: XLA's scheduler
+    holds more memory all over a program where it may."""
+    sent = exchanged = 0.0
+    for one, runs in plan.body.walk():
+        if isinstance(one, Move):
+            sent += runs * one.plan.bytes
+            exchanged += runs * sum(s.bytes for s in one.plan.steps if s.kind == "all_to_all")
+    return exchanged > _FEW * sent
 
 
 def _schedule(chip: Chip, options: Options) -> dict[str, str]:

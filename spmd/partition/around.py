@@ -1,6 +1,6 @@
 """What the stretches of a program have in common: dims, how often things happen, what they cost."""
 
-from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sharding.mesh import MeshShape, axis_size
@@ -17,8 +17,6 @@ from spmd.partition.reshard import Plan, plan
 from spmd.partition.scope import whole
 from spmd.partition.tensor import Tensor
 
-# What a collective costs that runs beside computation, as a part of what it sends.
-HIDDEN = 1 / 6
 # Operations that weigh as much as a byte on a link: a tenth of what a chip multiplies in its time.
 FLOPS_PER_BYTE = 256.0
 
@@ -30,14 +28,13 @@ def work(rule: Rule, assignment: Assignment, mesh: MeshShape) -> float:
     return iterations(rule, assignment.axes, mesh) * rule.flops / FLOPS_PER_BYTE
 
 
-def waited(found: Plan, hidden: Collection[str]) -> float:
+def waited(found: Plan, waits: Mapping[str, float]) -> float:
     """The cost of a reshard, less what is hidden of it.
 
     Args:
-      hidden: kinds of collectives that run beside computation.
+      waits: as for `planner.make_plan`.
     """
-    apart = sum(step.bytes for step in found.steps if step.kind in hidden)
-    return found.cost - (1 - HIDDEN) * apart
+    return found.cost - sum((1 - waits.get(step.kind, 1.0)) * step.bytes for step in found.steps)
 
 
 def as_tensors(values: Iterable[Value], layouts: Iterable[Layout]) -> tuple[Tensor, ...]:
@@ -142,7 +139,7 @@ class Surroundings:
         """What it costs to bring a value from one layout to another."""
         if src == dst or self.of_nothing(value):
             return 0.0
-        return waited(plan(src, dst, value.shape, value.itemsize, self.mesh), self.planner.hidden)
+        return waited(plan(src, dst, value.shape, value.itemsize, self.mesh), self.planner.waits)
 
     def _count(self, region: Region, trips: int) -> None:
         self.made.update((v.id, trips) for v in (*region.inputs, *region.consts))

@@ -11,7 +11,7 @@ What a cut does not see (sums that loops reduce once, what is at hand) the finis
 one with moved axes is kept where it costs clearly less than the one without (`make_plan`).
 """
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 from sharding.program import Op
@@ -73,23 +73,23 @@ def moves(plan: ProgramPlan) -> bool:
     return any(told.kind == _KIND for told in plan.diagnostics)
 
 
-def cheaper(moved: RegionPlan, other: RegionPlan, hidden: Collection[str]) -> bool:
+def cheaper(moved: RegionPlan, other: RegionPlan, waits: Mapping[str, float]) -> bool:
     """Whether a plan with axes on other dims is better than the one without: it takes some of what
     that waits for, or multiplies, to be worth it, and it must not send much more.
 
     Args:
-      hidden: as for `planner.make_plan`.
+      waits: as for `planner.make_plan`.
     """
-    (waits, works), (before, worked) = _spent(moved, hidden), _spent(other, hidden)
-    return waits + works < before + worked - WORTH * before and waits < MOST * before
+    (after, works), (before, worked) = _spent(moved, waits), _spent(other, waits)
+    return after + works < before + worked - WORTH * before and after < MOST * before
 
 
-def _spent(body: RegionPlan, hidden: Collection[str]) -> tuple[float, float]:
+def _spent(body: RegionPlan, waits: Mapping[str, float]) -> tuple[float, float]:
     """What a plan moves, and what it multiplies."""
     moves = works = 0.0
     for one, runs in body.walk():
         if isinstance(one, Move):
-            moves += runs * waited(one.plan, hidden)
+            moves += runs * waited(one.plan, waits)
         elif one.rule is not None:
             works += runs * work(one.rule, one.assignment, body.mesh)
     return moves, works

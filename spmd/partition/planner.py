@@ -35,7 +35,7 @@ _LONG = 32  # equations from one reader to the next, of layers some fifty
 def make_plan(
     propagated: Propagated, in_layouts: Sequence[Layout], out_layouts: Sequence[Layout],
     without: Collection[str] = (), assumed: Mapping[int, Layout] | None = None,
-    hidden: Collection[str] = (),
+    waits: Mapping[str, float] | None = None,
 ) -> ProgramPlan:  # fmt: skip
     """The partitioned program as data.
 
@@ -45,17 +45,20 @@ def make_plan(
       out_layouts: the same for the results.
       without: names of passes that are off.
       assumed: layouts of values inside of regions, by id, in place of those propagated.
-      hidden: kinds of collectives that run beside computation, see `target.hidden`.
+      waits: what a device waits for of what collectives of a kind send, see `target.waits`; all
+        of it where it is not given.
     """
 
+    waits = waits or {}
+
     def planned(*off: str) -> ProgramPlan:
-        planner = partial(_Planner, propagated, without=(*without, *off), hidden=hidden)
+        planner = partial(_Planner, propagated, without=(*without, *off), waits=waits)
         return _planned(planner, propagated, in_layouts, out_layouts, assumed or {})
 
     found = planned()
     if moves(found):
         other = planned("moved_axes")
-        found = found if cheaper(found.body, other.body, hidden) else other
+        found = found if cheaper(found.body, other.body, waits) else other
     return found if "late_broadcasts" in without else late_broadcasts(found)
 
 
@@ -96,9 +99,9 @@ def _sub_axes(body: RegionPlan) -> set[str]:
 class _Planner:
     def __init__(
         self, propagated: Propagated, mesh: MeshShape, without: Collection[str],
-        hidden: Collection[str],
+        waits: Mapping[str, float],
     ):  # fmt: skip
-        self.hidden = frozenset(hidden)
+        self.waits = waits
         self.propagated, self.mesh, self.without = propagated, mesh, without
         self.single = frozenset(name for name, size in propagated.mesh.axes if size == 1)
         self.uses = propagated.program.uses

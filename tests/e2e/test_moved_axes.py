@@ -16,7 +16,7 @@ from sharding import P, shard
 from spmd.chips import CHIPS
 from spmd.options import Options
 from spmd.partition import moved, planner, stretch
-from spmd.target import hidden
+from spmd.target import waits
 from tests.oracle import check, kinds, make_mesh
 
 RNG = np.random.default_rng(0)
@@ -201,8 +201,8 @@ def test_regions_that_are_manual_stay() -> None:
     check(f, (w, X), mesh, (placed(w), ROW), ROW)
 
 
-def plans(beside: tuple[str, ...], shards: int) -> set[str]:
-    """Kinds of collectives of attention where some run beside computation."""
+def plans(shards: int, **waits: float) -> set[str]:
+    """Kinds of collectives of attention where some are waited for in part."""
     mesh = AbstractMesh((shards,), ("s",))
     shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), weights(shards))
     x = jax.ShapeDtypeStruct((BATCH, 8 * shards, shards * DIM), jnp.float32)
@@ -210,18 +210,19 @@ def plans(beside: tuple[str, ...], shards: int) -> set[str]:
     found = stage.trace(shapes, x).propagate()
     layouts = [[s.layout for s in map(found.result.of, values)] for values in
                (found.result.program.body.inputs, found.result.program.body.outputs)]  # fmt: skip
-    plan = planner.make_plan(found.result, *layouts, hidden=beside)
+    plan = planner.make_plan(found.result, *layouts, waits=waits)
     return {s.kind for one, _ in plan.body.walk() if isinstance(one, moved.Move)
             for s in one.plan.steps}  # fmt: skip
 
 
 def test_what_runs_beside_computation_is_cheaper() -> None:
-    """TPUs gather ahead, and wait for an all-to-all: keys and values of eight devices are gathered,
-    of 16 an eighth is less."""
-    assert plans((), 8) == {"all_to_all"}
-    assert plans(("all_gather",), 8) == {"all_gather"}
-    assert plans(("all_gather",), 16) == {"all_to_all"}
-    assert plans(("all_gather", "all_to_all"), 8) == {"all_to_all"}
+    """Where gathers alone run ahead, keys and values of eight devices are gathered; of 16 an eighth
+    is less."""
+    assert plans(8) == {"all_to_all"}
+    assert plans(8, all_gather=1 / 6) == {"all_gather"}
+    assert plans(16, all_gather=1 / 6) == {"all_to_all"}
+    assert plans(8, all_gather=1 / 6, all_to_all=2 / 3) == {"all_gather"}
+    assert plans(8, all_gather=1 / 6, all_to_all=1 / 6) == {"all_to_all"}
 
 
 def test_devices_that_gather_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,18 +233,19 @@ def test_devices_that_gather_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {kind for kind, _ in kinds(planned)} == {"all_gather"}
 
 
-def test_what_chips_hide(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_chips_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams give sums something to run beside, also where XLA waits for those of others."""
-    mesh, ahead = make_mesh(s=8), {"permute", "all_gather"}
-    assert hidden(Options(mesh.abstract_mesh)) == frozenset()
-    monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIPS["v5e"], kind=CHIPS["cpu"].kind))
-    assert hidden(Options(mesh)) == ahead | {"all_reduce", "reduce_scatter"}
-    assert hidden(Options(mesh, disable_passes=("streams",))) == ahead
-    monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIPS["v5p"], kind=CHIPS["cpu"].kind))
-    assert hidden(Options(mesh)) == ahead | {"all_reduce", "reduce_scatter"}
-    assert hidden(Options(mesh, disable_passes=("async_collectives",))) == {"permute"}
-    monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIPS["v3"], kind=CHIPS["cpu"].kind))
-    assert hidden(Options(mesh)) == {"permute"}
+    mesh, ahead = make_mesh(s=8), {"permute": 1 / 6, "all_gather": 1 / 6}
+    sums, before = dict.fromkeys(("all_reduce", "reduce_scatter"), 1 / 6), {"permute": 1 / 6}
+    assert waits(Options(mesh.abstract_mesh)) == {}
+    for name, unasked in [("v3", before), ("v4", before), ("v5p", before), ("v5e", ahead | sums)]:
+        chip = dataclasses.replace(CHIPS[name], kind=CHIPS["cpu"].kind)
+        monkeypatch.setitem(CHIPS, "cpu", chip)
+        asked = ahead | {"all_to_all": 2 / 3}
+        assert waits(Options(mesh)) == asked | sums, name
+        without = Options(mesh, disable_passes=("streams",))
+        assert waits(without) == asked | (sums if name == "v5p" else {}), name
+        assert waits(Options(mesh, disable_passes=("async_collectives",))) == unasked, name
 
 
 def test_the_diagnostic_says_what_moved() -> None:

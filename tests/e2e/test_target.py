@@ -10,13 +10,14 @@ import pytest
 
 import spmd
 from sharding import ArgumentError, P
-from spmd.chips import CHIPS
+from spmd.chips import CHIPS, EXCHANGES_AHEAD
 from spmd.options import Options
 from spmd.target import chip_of, compiler_options
 from tests.oracle import check, make_mesh
 
 X, W = np.ones((8, 4), np.float32), np.ones((4, 6), np.float32)
 UNKNOWN = "xla_no_such_option"
+TOLD, SPARSE = ((UNKNOWN, "true"),), ((UNKNOWN, "yes"),)
 
 
 @pytest.fixture
@@ -79,13 +80,28 @@ def test_a_compiler_that_knows_no_memory_limit_is_explained(
     )
 
 
+@pytest.mark.parametrize("columns, ahead", [(8, True), (600, False)])
+def test_few_exchanges_are_waited_for(
+    columns: int, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """XLA holds more where it starts them, and gains little: here beside a gather of columns."""
+    chip = dataclasses.replace(CHIPS["v5e"], kind=CHIPS["cpu"].kind)
+    monkeypatch.setitem(CHIPS, "cpu", chip)
+    ins, outs = (P("x"), P("x")), (P(None, "x"), P())
+    options: Any = dict(mesh=make_mesh(x=4), in_shardings=ins, out_shardings=outs)
+    function = spmd.jit(lambda x, y: (jnp.tanh(x), jnp.tanh(y)), **options)
+    plan = function.trace(np.ones((8, 8)), np.ones((8, columns))).propagate().partition().plan
+    assert (EXCHANGES_AHEAD in compiler_options(Options(make_mesh(x=4)), plan)) == ahead
+    assert EXCHANGES_AHEAD in compiler_options(Options(make_mesh(x=4)))
+
+
 def test_a_compiler_that_does_not_understand_is_explained(told: None) -> None:
     x = np.arange(8, dtype=np.float32)
     options = {"mesh": make_mesh(x=2), "in_shardings": P("x")}
     with pytest.raises(ArgumentError) as error:
         spmd.jit(jnp.tanh, **options)(x)
     lines = str(error.value).splitlines()
-    assert lines[0] == "collectives beside computation, which TPUs with SparseCores are asked for"
+    assert lines[0] == "collectives beside computation, which TPUs are asked for"
     assert lines[1].startswith(f"  why: this compiler does not take the option {UNKNOWN}: ")
     assert lines[2] == (
         '  fix: spmd.jit(..., disable_passes=["async_collectives"]) compiles without it'
@@ -130,15 +146,21 @@ def test_other_values_are_not_kept(fun: Any) -> None:
 
 @pytest.mark.parametrize("options, kept, off, split", [
     ((), False, (), True),
-    ((), True, (), False),  # as the compilers for v2 and v3 do
-    (((UNKNOWN, "true"),), False, (), False),  # SparseCores do as they are told
-    (((UNKNOWN, "true"),), False, ("async_collectives",), True),
+    ((), True, (), False),
+    (TOLD, True, (), False),
+    (TOLD, True, ("async_collectives",), False),  # as the compilers for v2 and v3 do
+    (TOLD, False, (), True),  # v4, v5e
+    (SPARSE, True, (), False),  # SparseCores do as they are told
+    (SPARSE, True, ("async_collectives",), True),
     ((), False, ("split_scatters",), False),
 ])  # fmt: skip
 def test_scatters_are_split_for_compilers_that_do_not_keep_them(
     options: Any, kept: bool, off: tuple[str, ...], split: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chip = dataclasses.replace(CHIPS["cpu"], family="tpu", options=options, scatters=kept)
+    sparse = frozenset(("reduce_scatter",)) if options is SPARSE else frozenset()
+    chip = dataclasses.replace(
+        CHIPS["cpu"], family="tpu", options=options, scatters=kept, offloaded=sparse
+    )
     monkeypatch.setitem(CHIPS, "cpu", chip)
     specs = {"in_shardings": (P(None, "x"), P("x")), "out_shardings": P("x")}
     traced = spmd.jit(jnp.matmul, mesh=make_mesh(x=8), disable_passes=off, **specs).trace(
