@@ -10,8 +10,9 @@ from sharding.errors import ArgumentError, Problem
 from spmd import chips
 from spmd.chips import EXCHANGES_AHEAD, Chip
 from spmd.estimate.fusion import ANY, Compiler
+from spmd.estimate.work import lines, totals
 from spmd.options import Options
-from spmd.partition.plan import Move, ProgramPlan
+from spmd.partition.plan import ProgramPlan
 from spmd.partition.products import keep_products
 from spmd.partition.scatters import split_scatters
 from spmd.partition.stacks import own_stacks
@@ -124,8 +125,8 @@ def _told(options: Options, plan: ProgramPlan | None = None) -> dict[str, dict[s
     if chip is None:
         return {}
     asked = dict(chip.options)
-    if plan is not None and not _exchanges(plan):
-        asked.pop(EXCHANGES_AHEAD, None)
+    if EXCHANGES_AHEAD in asked and plan is not None and not _exchanges(plan):
+        del asked[EXCHANGES_AHEAD]
     found = {"async_collectives": asked, "bounded_schedule": _schedule(chip, options)}
     found["streams"] = _APART if plan is not None and streams(plan) else {}
     return {name: told for name, told in found.items() if told and options.on(name)}
@@ -134,12 +135,9 @@ def _told(options: Options, plan: ProgramPlan | None = None) -> dict[str, dict[s
 def _exchanges(plan: ProgramPlan) -> bool:
     """Whether all devices exchange enough with each other to be worth starting: XLA's scheduler
     holds more memory all over a program where it may."""
-    sent = exchanged = 0.0
-    for one, runs in plan.body.walk():
-        if isinstance(one, Move):
-            sent += runs * one.plan.bytes
-            exchanged += runs * sum(s.bytes for s in one.plan.steps if s.kind == "all_to_all")
-    return exchanged > _FEW * sent
+    found = totals(lines(plan))
+    exchanged = sum(size for (kind, _), (_, size) in found.items() if kind == "all_to_all")
+    return exchanged > _FEW * sum(size for _, size in found.values())
 
 
 def _schedule(chip: Chip, options: Options) -> dict[str, str]:

@@ -95,6 +95,20 @@ def test_few_exchanges_are_waited_for(
     assert EXCHANGES_AHEAD in compiler_options(Options(make_mesh(x=4)))
 
 
+def test_exchanges_that_the_user_wrote_are_started_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    chip = dataclasses.replace(CHIPS["v5e"], kind=CHIPS["cpu"].kind)
+    monkeypatch.setitem(CHIPS, "cpu", chip)
+    mesh = make_mesh(x=4)
+
+    def swap(x: Any) -> Any:
+        return jax.lax.all_to_all(x, "x", 1, 0, tiled=True)
+
+    inside = jax.shard_map(swap, mesh=mesh, in_specs=P("x"), out_specs=P(None, "x"))
+    traced = spmd.jit(inside, mesh=mesh, in_shardings=P("x")).trace(np.ones((8, 8), np.float32))
+    plan = traced.propagate().partition().plan
+    assert EXCHANGES_AHEAD in compiler_options(Options(mesh), plan)
+
+
 def test_a_compiler_that_does_not_understand_is_explained(told: None) -> None:
     x = np.arange(8, dtype=np.float32)
     options = {"mesh": make_mesh(x=2), "in_shardings": P("x")}
