@@ -83,9 +83,9 @@ def jit(
         that is made of them), "shared_gathers" (what several operations could gather is gathered
         once where that is), "late_broadcasts" (what is cut from one shard stays there until others
         need it), "loop_sums" (what a loop adds up is reduced once, after it), "loop_invariants"
-        (what its steps gather is gathered once), "split_scatters", "turned_scatters", "own_stacks"
-        and "async_collectives" (what TPU compilers need in order to keep reduce-scatters, to fill
-        no memory with zeros that are overwritten, and to run collectives beside computation),
+        (what its steps gather is gathered once), "split_scatters", "own_stacks" and
+        "async_collectives" (what TPU compilers need in order to keep reduce-scatters, to fill no
+        memory with zeros that are overwritten, and to run collectives beside computation),
         "streams" (so that TPUs have half of a batch to compute while what they send of the other
         half is on its way), "transposed_sums" (so that they copy no weights into the order of their
         gradients), "keep_products" (what the CPU compiler needs in order to multiply matrices at

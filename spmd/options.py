@@ -15,8 +15,7 @@ from sharding.mesh import MeshShape
 PASSES = (
     "moved_axes", "shared_sums", "shared_gathers", "loop_sums", "loop_invariants",
     "late_broadcasts", "saved_gathers", "regathers", "transposed_sums", "split_scatters",
-    "own_stacks", "keep_products", "streams", "turned_scatters", "async_collectives",
-    "bounded_schedule",
+    "own_stacks", "keep_products", "streams", "async_collectives", "bounded_schedule",
 )  # fmt: skip
 
 

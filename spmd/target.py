@@ -17,7 +17,6 @@ from spmd.partition.products import keep_products
 from spmd.partition.scatters import split_scatters
 from spmd.partition.stacks import own_stacks
 from spmd.partition.transposed import reduce_transposed
-from spmd.partition.turned import turn_scatters
 from spmd.streams import in_streams, streams
 
 
@@ -69,8 +68,7 @@ def suited(plan: ProgramPlan, options: Options) -> ProgramPlan:
         plan = change(plan) if options.on(name) and not needless else plan
     if _in_parts(chip, options):
         plan = in_streams(plan, chip)
-    turned = chip.family == "tpu" and options.on("turned_scatters")
-    return turn_scatters(plan) if turned else plan
+    return plan
 
 
 def waits(options: Options) -> Mapping[str, float]:

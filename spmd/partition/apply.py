@@ -203,9 +203,6 @@ def _reduce_scatter(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshSh
 
 
 def _scattered(step: Step, x: Any, dim: int) -> Any:
-    if step.turned:
-        first = _scattered(step._replace(turned=False), jnp.moveaxis(x, dim, 0), 0)
-        return jnp.moveaxis(first, 0, dim)
     for groups in _groups(step.parts):
         x = lax.psum_scatter(
             x, step.axes[0], scatter_dimension=dim, tiled=True, axis_index_groups=groups

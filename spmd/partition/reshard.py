@@ -38,7 +38,6 @@ class Step(NamedTuple):
       bytes: wire bytes per device.
       parts: sizes of the groups of devices in which it is done one after the other, far ones first;
         () for all at once.
-      turned: whether the dim is the first one meanwhile, see `turned`.
     """
 
     kind: str
@@ -49,7 +48,6 @@ class Step(NamedTuple):
     after: Layout
     bytes: float
     parts: tuple[int, ...] = ()
-    turned: bool = False
 
 
 class Plan(NamedTuple):
