@@ -14,7 +14,7 @@ from spmd.estimate.work import lines, totals
 from spmd.options import Options
 from spmd.partition.plan import ProgramPlan
 from spmd.partition.products import keep_products
-from spmd.partition.scatters import split_scatters
+from spmd.partition.scatters import by_rows, split_scatters
 from spmd.partition.stacks import own_stacks
 from spmd.partition.transposed import reduce_transposed
 from spmd.streams import in_streams, streams
@@ -68,7 +68,8 @@ def suited(plan: ProgramPlan, options: Options) -> ProgramPlan:
         plan = change(plan) if options.on(name) and not needless else plan
     if _in_parts(chip, options):
         plan = in_streams(plan, chip)
-    return plan
+    odd = chip.family == "tpu" and options.on("split_scatters")
+    return by_rows(plan) if odd else plan
 
 
 def waits(options: Options) -> Mapping[str, float]:
