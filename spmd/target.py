@@ -69,7 +69,7 @@ def suited(plan: ProgramPlan, options: Options) -> ProgramPlan:
     if _in_parts(chip, options):
         plan = in_streams(plan, chip)
     odd = chip.family == "tpu" and options.on("split_scatters")
-    return by_rows(plan) if odd else plan
+    return by_rows(plan, chip) if odd else plan
 
 
 def waits(options: Options) -> Mapping[str, float]:

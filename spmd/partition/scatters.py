@@ -8,8 +8,8 @@ all-reduce that something could run beside is a reduce-scatter and a gather (`st
 
 It keeps numbers of 16 bits in pairs of tiles, of 8 rows and 128 columns. Where a device gets an odd
 number of tiles along the columns, an all-reduce is made of that reduce-scatter, too: 5,120 columns
-over 8 devices. So rows are scattered, and the parts exchanged for columns, which sends one part
-more (libtpu 0.0.42, all chips).
+over 8 devices. So rows are scattered, and the parts exchanged for columns, where that sends enough
+less to put them in order (libtpu 0.0.42, all chips).
 """
 
 from collections.abc import Iterator
@@ -19,10 +19,12 @@ from math import isqrt
 from sharding.mesh import MeshShape, axes_size
 from sharding.spec import Layout
 from spmd import cost
+from spmd.chips import Chip
 from spmd.partition.plan import Compute, Move, ProgramPlan, RegionPlan, rewritten
 from spmd.partition.reshard import Plan, Step, local_bytes
 
 _PAIRED, _TILE = 2, (8, 128)  # bytes of numbers that lie in pairs of tiles; rows and columns
+_SORTED = 8e-6  # seconds in which an exchange puts in order what one device sends
 
 
 def split_scatters(plan: ProgramPlan) -> ProgramPlan:
@@ -45,25 +47,27 @@ def _split(step: Step, mesh: MeshShape) -> Step:
     return step._replace(parts=(first, size // first)) if first > 1 else step
 
 
-def by_rows(plan: ProgramPlan) -> ProgramPlan:
-    """The plan with no reduce-scatter of an odd number of tiles for every device."""
+def by_rows(plan: ProgramPlan, chip: Chip) -> ProgramPlan:
+    """The plan with large reduce-scatters of an odd number of tiles for every device by rows."""
 
     def change(found: Move | Compute, body: RegionPlan) -> Move | Compute:
         if not isinstance(found, Move) or found.value.itemsize != _PAIRED:
             return found
-        steps = tuple(s for step in found.plan.steps for s in _rows(found, step, body.mesh))
+        steps = tuple(s for step in found.plan.steps for s in _rows(found, step, body.mesh, chip))
         return replace(found, plan=Plan(steps, found.plan.cost))
 
     return rewritten(plan, change)
 
 
-def _rows(move: Move, step: Step, mesh: MeshShape) -> Iterator[Step]:
+def _rows(move: Move, step: Step, mesh: MeshShape, chip: Chip) -> Iterator[Step]:
+    devices = axes_size(mesh, step.axes)
+    large = chip.ring_seconds(step.bytes) > _SORTED * devices
     shape, columns, after = move.value.shape, move.value.rank - 1, step.after
     others = [d for d in range(columns) if _even(shape[d], (*after.dims[d], *step.axes), mesh)]
     if move.parts is not None:
         others = [d for d in others if {d, columns}.isdisjoint(move.parts.operands)]
     odd = step.kind == "reduce_scatter" and step.dim == columns and not step.parts
-    if not odd or not others or not _odd_tiles(shape[columns], after.dims[columns], mesh):
+    if not (large and odd and others) or not _odd_tiles(shape[columns], after.dims[columns], mesh):
         yield step
         return
     rows, dims = others[-1], list(after.dims)
@@ -71,7 +75,7 @@ def _rows(move: Move, step: Step, mesh: MeshShape) -> Iterator[Step]:
     between = Layout(tuple(dims), after.partial)
     yield step._replace(dim=rows, to_dim=rows, after=between)
     size = local_bytes(between, shape, move.value.itemsize, mesh)
-    sent = cost.all_to_all(size, axes_size(mesh, step.axes))
+    sent = cost.all_to_all(size, devices)
     yield Step("all_to_all", step.axes, rows, columns, "", after, sent)
 
 

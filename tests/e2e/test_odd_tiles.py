@@ -19,14 +19,14 @@ from tests.oracle import check, make_mesh
 
 RNG = np.random.default_rng(0)
 INNER = 1024  # of a product, long: to gather its operands is no way
+CHIP = dataclasses.replace(CHIPS["cpu"], family="tpu", scatters=True, link_bandwidth=1.0)
 BY_ROWS = [("reduce_scatter", -2), ("all_to_all", -2)]
 
 
 @pytest.fixture
 def tpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulated devices are taken for a TPU's, whose compiler keeps scatters among all."""
-    chip = dataclasses.replace(CHIPS["cpu"], family="tpu", scatters=True)
-    monkeypatch.setitem(CHIPS, "cpu", chip)
+    monkeypatch.setitem(CHIPS, "cpu", CHIP)
 
 
 def steps(stage: spmd.Partitioned) -> list[tuple[str, int]]:
@@ -75,9 +75,20 @@ def test_odd_numbers_of_tiles_go_by_rows(
 
 def test_scatters_in_two_parts_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Among all devices of a chip whose compiler keeps none: parts and an exchange take longer."""
-    monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIPS["cpu"], family="tpu"))
+    monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIP, scatters=False))
     assert steps(planned((64,), 512, jnp.bfloat16)) == [("reduce_scatter", -1)]
     assert steps(planned((64,), 512, jnp.bfloat16, x=4, y=2)) == BY_ROWS
+
+
+@pytest.mark.parametrize("microseconds, want", [(33, BY_ROWS), (31, [("reduce_scatter", -1)])])
+def test_what_is_sent_in_no_time_stays(
+    microseconds: float, want: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exchange puts in order what it sends, 8 us for each of four devices."""
+    sent = 64 * 512 * 2 * 3 / 4
+    chip = dataclasses.replace(CHIP, link_bandwidth=sent / 2 / (microseconds * 1e-6))
+    monkeypatch.setitem(CHIPS, "cpu", chip)
+    assert steps(planned((64,), 512, jnp.bfloat16)) == want
 
 
 def test_other_compilers_scatter_what_they_are_told() -> None:
@@ -129,7 +140,7 @@ def test_a_dim_that_lies_in_parts_is_not_scattered(
             return one
         return dataclasses.replace(one, parts=Parts(2, (dim,), (dim,)))
 
-    plan = by_rows(rewritten(stage.plan, in_parts))
+    plan = by_rows(rewritten(stage.plan, in_parts), CHIP)
     assert steps(dataclasses.replace(stage, plan=plan)) == want
 
 
