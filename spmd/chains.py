@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sharding.mesh import MeshShape
+from sharding.mesh import MeshShape, axes_size
 from spmd.chips import Chip
 from spmd.estimate.work import contracts, flops, rate, wires
 from spmd.partition.parts import part_of, parts_of, with_parts
@@ -227,7 +227,8 @@ class Search:
 
     def _judged(self, found: Mapping[int, Parts]) -> Stream:
         code, dims = self.body.code, self._dims(found)
-        wire = sum(self.waits.get(i, 0.0) for i in found)
+        wire = sum(self.waits.get(i, 0.0) for i, parts in found.items()
+                   if not self._single(code[i], parts))  # fmt: skip
         products = sum(self._seconds(code[i]) for i in found)
         made = {key for i in found for key in code[i].writes}
         tied = {out for key, out in self.ties.items() if dims.get(key) == dims.get(out)}
@@ -241,6 +242,15 @@ class Search:
                 spent += self.twice(key)
         links = sum(i in self.waits for i in found) + bool(tied & made)
         return Stream(found, wire, products, spent, links)
+
+    def _single(self, one: Move | Compute, parts: Parts) -> bool:
+        """Whether parts are single examples, and a scatter and a gather, see `scattered`: XLA makes
+        all-reduces of such scatters."""
+        (key,), (dim,) = one.writes, parts.results
+        if dim is None or not self.chip.gathers_alone:
+            return False
+        shards = axes_size(self.body.mesh, key.layout.dims[dim])
+        return key.value.rank > 2 and key.value.shape[dim] // shards <= parts.count
 
     def twice(self, key: Key) -> float:
         """Seconds to write a value and to read it again."""

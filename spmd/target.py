@@ -92,8 +92,10 @@ def _asked(options: Options) -> Chip | None:
 
 
 def _in_parts(chip: Chip, options: Options) -> bool:
-    """Whether instructions may run in parts, see `streams`."""
-    return chip.family == "tpu" and options.on("streams")
+    """Whether instructions may run in parts, see `streams`: where SparseCores reduce, or XLA starts
+    gathers ahead as it is. Before v5e it makes all-reduces of more of the scatters of halves."""
+    able = bool(chip.offloaded) or "all_gather" in chip.unasked
+    return chip.family == "tpu" and able and options.on("streams")
 
 
 def compiler_options(options: Options, plan: ProgramPlan | None = None) -> dict[str, Any]:
@@ -110,7 +112,7 @@ _PURPOSES = {
     "bounded_schedule": "an order of operations within memory_limit, which TPUs are asked for",
     "streams": "sums of two streams that stay two, which TPUs are asked for",
 }
-# Of all that is sent: what is exchanged is no more, and is waited for.
+# Exchanges that are no more than this part of all that is sent are waited for.
 _FEW = 1 / 32
 # Sums of this many bytes are not combined: XLA for TPUs makes one of those of two streams.
 _APART = {"xla_jf_crs_combiner_threshold_in_bytes": "1000000"}

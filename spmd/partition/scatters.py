@@ -3,7 +3,7 @@
 XLA for TPUs turns a reduce-scatter among *all* devices into an all-reduce, which sends twice as
 much, and a slice. Among some of the devices it keeps one. So it is done among the devices that are
 far apart in the mesh's order, and then, of what is left, among those that are near: together they
-send what one would. And up to v5e it starts gathers ahead, and waits for whatever reduces: there an
+send what one would. And for v5e it starts gathers ahead, and waits for whatever reduces: there an
 all-reduce that something could run beside is a reduce-scatter and a gather (`streams`).
 
 It keeps numbers of 16 bits in pairs of tiles, of 8 rows and 128 columns. Where a device gets an odd

@@ -234,18 +234,22 @@ def test_devices_that_gather_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_chips_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streams give sums something to run beside, also where XLA waits for those of others."""
+    """Streams give sums something to run beside, on v5e too, which waits for those of others."""
     mesh, ahead = make_mesh(s=8), {"permute": 1 / 6, "all_gather": 1 / 6}
-    sums, before = dict.fromkeys(("all_reduce", "reduce_scatter"), 1 / 6), {"permute": 1 / 6}
+    asked, before = ahead | {"all_to_all": 2 / 3}, {"permute": 1 / 6}
+    sums = dict.fromkeys(("all_reduce", "reduce_scatter"), 1 / 6)
     assert waits(Options(mesh.abstract_mesh)) == {}
-    for name, unasked in [("v3", before), ("v4", before), ("v5p", before), ("v5e", ahead | sums)]:
+    for name, on, whole, unasked in [
+        ("v2", {}, {}, before), ("v3", {}, {}, before), ("v4", {}, {}, before),
+        ("v5e", sums, {}, ahead | sums), ("v5p", sums, sums, before), ("v6e", sums, sums, before),
+    ]:  # fmt: skip
         chip = dataclasses.replace(CHIPS[name], kind=CHIPS["cpu"].kind)
         monkeypatch.setitem(CHIPS, "cpu", chip)
-        asked = ahead | {"all_to_all": 2 / 3}
-        assert waits(Options(mesh)) == asked | sums, name
-        without = Options(mesh, disable_passes=("streams",))
-        assert waits(without) == asked | (sums if name == "v5p" else {}), name
+        assert waits(Options(mesh)) == asked | on, name
+        assert waits(Options(mesh, disable_passes=("streams",))) == asked | whole, name
         assert waits(Options(mesh, disable_passes=("async_collectives",))) == unasked, name
+    monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIPS["h100"], kind=CHIPS["cpu"].kind))
+    assert {*waits(Options(mesh)).values()} == {1 / 6}
 
 
 def test_the_diagnostic_says_what_moved() -> None:

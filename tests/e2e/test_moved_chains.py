@@ -35,7 +35,7 @@ def exhaustive(fun: Any, args: Any, places: Any, out: Any, most: int = 7) -> tup
                (found.program.body.inputs, found.program.body.outputs)]  # fmt: skip
 
     def cost(plan: Any) -> float:
-        return sum(moved._spent(plan.body, ()))
+        return sum(moved._spent(plan.body, {}))
 
     stretches: list[Any] = []
 
@@ -145,7 +145,7 @@ def test_the_way_back_counts(monkeypatch: pytest.MonkeyPatch, window: int) -> No
     mesh, places = AbstractMesh((4,), ("s",)), (P("s"),)
     stage = spmd.jit(lambda x: shard(rows(x), "s", None), mesh=mesh, in_shardings=places)
     propagated = stage.trace(jax.ShapeDtypeStruct((64, 512), jnp.float32)).propagate().result
-    around = Surroundings(planner._Planner(propagated, propagated.mesh, ("moved_axes",), ()))
+    around = Surroundings(planner._Planner(propagated, propagated.mesh, ("moved_axes",), {}))
     (product,) = [op for op in around.program.ops() if op.rule.flops > 1]
     (dim,) = around.others(product, "s")
     whole = 64 * 512 * 4

@@ -33,7 +33,7 @@ KINDS = frozenset(("all_reduce", "reduce_scatter", "all_gather", "permute"))
 # Of links so slow, and arithmetic, that even small sums are worth hiding.
 CHIP = dataclasses.replace(
     CHIPS["cpu"], family="tpu", overlaps=KINDS, link_bandwidth=1e6, flops=(("float32", 1e6),),
-    hbm_bandwidth=1e12, scatters=True,
+    hbm_bandwidth=1e12, scatters=True, unasked=KINDS,
 )  # fmt: skip
 
 
@@ -249,10 +249,26 @@ def test_sums_become_scatters_and_gathers_where_only_those_run_beside(
     assert sum(size for _, size in after.values()) == sum(size for _, size in before.values())
 
 
-def test_not_where_the_compiler_waits_for_every_collective(
-    chip: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("batch, found", [(2, False), (4, True)])
+def test_single_examples_are_not_scattered(
+    batch: int, found: bool, chip: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIP, overlaps=frozenset(("permute",))))
+    """XLA makes all-reduces of scatters of those; sums of them are fine where they run beside."""
+    assert streams.streams(planned(model, WEIGHTS, X[:batch, :2]))
+    kinds = frozenset(("permute", "all_gather"))
+    monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIP, overlaps=kinds))
+    assert streams.streams(planned(model, WEIGHTS, X[:batch, :2])) == found
+
+
+@pytest.mark.parametrize("change", [
+    {"overlaps": frozenset(("permute",))}, {"unasked": frozenset(("permute",))}, {"family": "gpu"},
+])  # fmt: skip
+def test_not_where_the_compiler_waits_for_every_collective(
+    change: Any, chip: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor where it has to be asked to gather ahead: before v5e."""
+    assert streams.streams(planned(model, WEIGHTS, X))
+    monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIP, **change))
     assert not streams.streams(planned(model, WEIGHTS, X))
 
 

@@ -80,6 +80,22 @@ def test_a_compiler_that_knows_no_memory_limit_is_explained(
     )
 
 
+@pytest.mark.parametrize("name, count", [
+    ("v2", 2), ("v3", 2), ("v4", 2), ("v5e", 1), ("v5p", 8), ("v6e", 8), ("h100", 0), ("cpu", 0),
+])  # fmt: skip
+def test_what_compilers_are_asked_to_start_ahead(
+    name: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIPS[name], kind=CHIPS["cpu"].kind))
+    told = compiler_options(Options(make_mesh(x=2)))
+    assert len(told) == count and {*told.values()} <= {"true"}
+    assert (EXCHANGES_AHEAD in told) == (count > 0)
+    assert ("xla_enable_async_all_gather" in told) == (name in ("v2", "v3", "v4"))
+    sparse = [option for option in told if "sparse_core" in option]
+    assert len(sparse) == (7 if name in ("v5p", "v6e") else 0)
+    assert not CHIPS[name].as_it_is().options and not CHIPS[name].as_it_is().offloaded
+
+
 @pytest.mark.parametrize("columns, ahead", [(8, True), (600, False)])
 def test_few_exchanges_are_waited_for(
     columns: int, ahead: bool, monkeypatch: pytest.MonkeyPatch
