@@ -64,7 +64,7 @@ class _Planning(NamedTuple):
         return suited(made, self.options)
 
     def ordered(self, plan: ProgramPlan) -> liveness.Ordered:
-        return liveness.ordered(plan, self.donated, compiler_of(self.options.mesh))
+        return liveness.ordered(plan, self.donated, compiler_of(self.options))
 
     def peak(self, plan: ProgramPlan) -> int:
         return peak_bytes(plan, self.donated, self.options)
@@ -87,4 +87,4 @@ class _Planning(NamedTuple):
 
 def peak_bytes(plan: ProgramPlan, donated: Sequence[bool], options: Options) -> int:
     """Predicted peak bytes of a plan, per device."""
-    return liveness.peak_bytes(plan, donated, compiler_of(options.mesh))
+    return liveness.peak_bytes(plan, donated, compiler_of(options))

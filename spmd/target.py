@@ -31,10 +31,10 @@ def chip_of(mesh: Any) -> Chip | None:
     return chips.of_kind(mesh.devices.flat[0].device_kind)
 
 
-def compiler_of(mesh: Any) -> Compiler:
-    """What the compiler for a mesh's devices does with memory; abstract meshes are taken for some
-    TPU's."""
-    chip = chip_of(mesh)
+def compiler_of(options: Options) -> Compiler:
+    """What the compiler for a mesh's devices, as it is told, does with memory; abstract meshes are
+    taken for some TPU's."""
+    mesh, chip = options.mesh, _asked(options)
     if chip is None:
         elsewhere = not isinstance(mesh, AbstractMesh) and mesh.devices.flat[0].platform != "tpu"
         return Compiler(False, False) if elsewhere else ANY

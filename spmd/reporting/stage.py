@@ -88,7 +88,7 @@ def _of_stage(stage: Any, machine: Machine | str | None) -> Report:
     return build(
         partitioned.plan, name=traced.fun_name,
         machine=Machine.parse(machine) if isinstance(machine, str) else machine,
-        compiler=compiler_of(traced.options.mesh), donated=traced.donated,
+        compiler=compiler_of(traced.options), donated=traced.donated,
         diagnostics=partitioned.diagnostics,
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ import spmd
 from sharding import ArgumentError, P
 from spmd.chips import CHIPS, EXCHANGES_AHEAD
 from spmd.options import Options
-from spmd.target import chip_of, compiler_options
+from spmd.target import chip_of, compiler_of, compiler_options
 from tests.oracle import check, make_mesh
 
 X, W = np.ones((8, 4), np.float32), np.ones((4, 6), np.float32)
@@ -94,6 +94,15 @@ def test_what_compilers_are_asked_to_start_ahead(
     sparse = [option for option in told if "sparse_core" in option]
     assert len(sparse) == (7 if name in ("v5p", "v6e") else 0)
     assert not CHIPS[name].as_it_is().options and not CHIPS[name].as_it_is().offloaded
+
+
+def test_predictions_are_of_the_compiler_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    chip = dataclasses.replace(CHIPS["v3"], kind=CHIPS["cpu"].kind)
+    monkeypatch.setitem(CHIPS, "cpu", chip)
+    options = Options(make_mesh(x=2))
+    assert compiler_of(options).beside == {"permute", "all_gather", "all_to_all"}
+    off = Options(make_mesh(x=2), disable_passes=("async_collectives",))
+    assert compiler_of(off).beside == {"permute"}
 
 
 @pytest.mark.parametrize("columns, ahead", [(8, True), (600, False)])
