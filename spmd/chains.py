@@ -250,7 +250,7 @@ class Search:
         if dim is None or not self.chip.gathers_alone:
             return False
         shards = axes_size(self.body.mesh, key.layout.dims[dim])
-        return key.value.rank > 2 and key.value.shape[dim] // shards <= parts.count
+        return key.value.shape[dim] // shards <= parts.count
 
     def twice(self, key: Key) -> float:
         """Seconds to write a value and to read it again."""

@@ -11,7 +11,9 @@ import pytest
 
 import spmd
 from sharding import P
+from sharding.mesh import MeshShape
 from spmd.chips import CHIPS
+from spmd.partition import scatters
 from spmd.partition.plan import Move, Parts, rewritten
 from spmd.partition.scatters import by_rows
 from spmd.partition.verify import verify
@@ -52,6 +54,7 @@ def planned(
     ((64,), 512, jnp.bfloat16, BY_ROWS),
     ((64,), 1536, jnp.float16, BY_ROWS),
     ((2, 64), 512, jnp.bfloat16, BY_ROWS),
+    ((64, 64), 512, jnp.bfloat16, BY_ROWS),
     ((64, 2), 512, jnp.bfloat16, [("reduce_scatter", -3), ("all_to_all", -3)]),
     ((64,), 1024, jnp.bfloat16, [("reduce_scatter", -1)]),  # pairs of tiles
     ((64,), 256, jnp.bfloat16, [("reduce_scatter", -1)]),  # half a tile
@@ -71,6 +74,12 @@ def test_odd_numbers_of_tiles_go_by_rows(
     size = int(np.prod(shape)) * columns * jnp.dtype(dtype).itemsize
     extra = size / 4 * 3 / 4 if len(want) > 1 else 0
     assert stage.wire_bytes == whole.wire_bytes + extra == size * 3 / 4 + extra
+
+
+def test_padded_tiles_are_none() -> None:
+    mesh = MeshShape((("x", 4),))
+    found = [scatters._odd_tiles(size, ("x",), mesh) for size in (511, 512, 513, 514)]
+    assert found == [False, True, False, False]
 
 
 def test_scatters_in_two_parts_stay(monkeypatch: pytest.MonkeyPatch) -> None:
