@@ -227,8 +227,8 @@ class Search:
 
     def _judged(self, found: Mapping[int, Parts]) -> Stream:
         code, dims = self.body.code, self._dims(found)
-        wire = sum(self.waits.get(i, 0.0) for i, parts in found.items()
-                   if not self._single(code[i], parts))  # fmt: skip
+        wire = sum(seconds for i, seconds in self.waits.items()
+                   if i in found and not self._single(code[i], found[i]))  # fmt: skip
         products = sum(self._seconds(code[i]) for i in found)
         made = {key for i in found for key in code[i].writes}
         tied = {out for key, out in self.ties.items() if dims.get(key) == dims.get(out)}
@@ -244,13 +244,16 @@ class Search:
         return Stream(found, wire, products, spent, links)
 
     def _single(self, one: Move | Compute, parts: Parts) -> bool:
-        """Whether parts are single examples, and a scatter and a gather, see `scattered`: XLA makes
-        all-reduces of such scatters."""
-        (key,), (dim,) = one.writes, parts.results
-        if dim is None or not self.chip.gathers_alone:
+        """Whether the parts of a sum are single examples, and it is a scatter and a gather, see
+        `scattered`: XLA makes all-reduces of such scatters."""
+        assert isinstance(one, Move)
+        sums = any(step.kind == "all_reduce" for step in one.plan.steps)
+        if not sums or not self.chip.gathers_alone:
             return False
-        shards = axes_size(self.body.mesh, key.layout.dims[dim])
-        return key.value.shape[dim] // shards <= parts.count
+        (dim,) = parts.results
+        assert dim is not None
+        shards = axes_size(self.body.mesh, one.dst.dims[dim])
+        return one.value.shape[dim] // shards <= parts.count
 
     def twice(self, key: Key) -> float:
         """Seconds to write a value and to read it again."""
