@@ -121,8 +121,8 @@ class Chip:
 # Of buffer assignments, libtpu 0.0.42, in MiB: 112, 48 and 90 are used at most. Of 128, 64 and 128
 # (book) the rest is left to kernels. On chips before these XLA puts no values there.
 _VMEM = {"v5e": 112, "v5p": 48, "v6e": 96}
-# Of compiled programs, libtpu 0.0.42: all TPUs start permutes ahead, v5e gathers too. Where they are
-# asked to, all start gathers and exchanges; SparseCores run gathers and reductions.
+# Of compiled programs, libtpu 0.0.42: all TPUs start permutes ahead, v5e gathers too. Where they
+# are asked to, all start gathers and exchanges; SparseCores run gathers and reductions.
 _PERMUTES = frozenset(("permute",))
 _GATHERS = frozenset(("permute", "all_gather"))
 _EXCHANGES = frozenset(("permute", "all_gather", "all_to_all"))
