@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from sharding.mesh import MeshShape, axes_size
 from spmd.chips import Chip
-from spmd.estimate.work import contracts, flops, rate, wires
+from spmd.estimate.matrix import arithmetic
+from spmd.estimate.work import contracts, flops, wires
 from spmd.partition.parts import part_of, parts_of, with_parts
 from spmd.partition.plan import PART, Compute, Key, Move, Parts, RegionPlan
 
@@ -282,7 +283,8 @@ class Search:
         dims = (0,) * len(keys) if parts is None else (*parts.operands, *parts.results)
         sizes = zip(keys, dims, strict=True)
         size = sum(k.local_bytes(self.body.mesh) / (1 if d is None else count) for k, d in sizes)
-        work = flops(one, self.body.mesh, self.setting.whole).total / rate(one, self.chip)
+        mesh = self.body.mesh
+        work = arithmetic(one, flops(one, mesh, self.setting.whole).total, mesh, self.chip)
         return max(work / count, size / self.chip.hbm_bandwidth)
 
     def _longer(self, one: Move | Compute, parts: Parts) -> float:

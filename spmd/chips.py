@@ -46,6 +46,8 @@ class Chip:
       hop_latency, network_latency: seconds.
       vmem_bytes: of the core's own memory, what XLA keeps temporaries in.
       clock: cycles/s; 0.0 where no compiler reports cycles.
+      tile: rows and columns of a matrix unit; 0 where any size is as good.
+      results: elements/s that leave the matrix units; 0.0 where they keep up with any product.
       wrap: "full" wraps a dim of `pod` chips, "cubes" all dims if all are multiples of 4.
       pod: chips along a dim that is wrapped around, for `wrap="full"`.
       node: devices in a node, for GPUs.
@@ -73,6 +75,8 @@ class Chip:
     network_latency: float = 1e-5
     vmem_bytes: float = 0.0
     clock: float = 0.0
+    tile: int = 0
+    results: float = 0.0
     wrap: str = ""
     pod: int = 0
     node: int = 0
@@ -137,6 +141,11 @@ _OFFLOAD = (
 )  # fmt: skip
 
 
+# Of one core and cycle, for products of a short inner dim, in what libtpu 0.0.42 schedules; of both
+# cores of v4 and v5p.
+_RESULTS = {"v2": 72, "v3": 72, "v4": 144, "v5e": 72, "v5p": 185, "v6e": 135}
+
+
 class _Ahead(NamedTuple):
     """What XLA for a TPU runs beside computation; the attributes as those of `Chip`, and `options`
     as names of what is switched on."""
@@ -169,6 +178,7 @@ def _tpu(
     dcn, ahead = 2.5e10 / (host * cores), _BESIDE[name]
     return Chip(name, "tpu", kind, rank, cores, rates, hbm * GiB, usable * GiB, hbm_bandwidth,
                 link, dcn, vmem_bytes=_VMEM.get(name, 0) * 2**20, clock=clock, wrap=wrap, pod=pod,
+                tile=256 if name == "v6e" else 128, results=_RESULTS[name] * clock,
                 overlaps=_EXCHANGES | ahead.offloaded, unasked=ahead.unasked,
                 offloaded=ahead.offloaded, options=tuple((x, "true") for x in ahead.options),
                 scatters=ahead.scatters)  # fmt: skip

@@ -11,8 +11,9 @@ from typing import NamedTuple
 from sharding.rule import Kind
 from sharding.spec import Layout
 from spmd.chips import Chip
+from spmd.estimate.matrix import rate
 from spmd.estimate.tiles import Sizes
-from spmd.estimate.work import Line, rate
+from spmd.estimate.work import Line, contracts
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
 
 Name = tuple[int, Layout, int]
@@ -57,6 +58,7 @@ class Held(NamedTuple):
       sums: value that the pass of a sum over it writes -> such sums. Who reads it before that
         computes it again.
       turned: line -> what it reads with its dims in another order, through what is fused into it.
+      sizes: of all that is held.
     """
 
     writes: tuple[tuple[Key, ...], ...]
@@ -64,6 +66,7 @@ class Held(NamedTuple):
     same: Mapping[Name, Key]
     sums: Mapping[Name, frozenset[Name]] = {}
     turned: tuple[frozenset[Name], ...] = ()
+    sizes: Sizes = Sizes(())
 
     def memory_of(self, key: Key) -> Name:
         """What has to be held for a value to be there."""
@@ -103,7 +106,8 @@ class _Fusion:
             writes.append(tuple(key for key in line.writes if not self.fused(line, key, sources)))
             reads.append(sources)
             self.made(line)
-        return Held(tuple(writes), tuple(reads), self.same, self.sums, tuple(turned))
+        found = tuple(writes), tuple(reads), self.same, self.sums, tuple(turned)
+        return Held(*found, self.sizes)
 
     def sources(self, line: Line) -> tuple[Key, ...]:
         """What is in memory of what a line reads."""
@@ -156,11 +160,12 @@ class _Fusion:
     def nested(self, line: Line, key: Key) -> bool:
         """Whether a product is computed inside of the only one that reads what is made of it: where
         it takes longer to write and to read again than to multiply."""
-        chip = self.compiler.chip
-        if chip is None or not line.contracts or line.wires or _convolves(line):
+        chip, found = self.compiler.chip, line.instruction
+        if chip is None or not contracts(found) or line.wires or _convolves(line):
             return False
         moved = 2 * key.local_bytes(line.mesh) / chip.hbm_bandwidth
-        if name(key) in self.leaving or line.flops.total / rate(line.instruction, chip) > moved:
+        work = line.flops.total / rate(found, chip)  # XLA goes by that, however full the units are
+        if name(key) in self.leaving or work > moved:
             return False
         ends = self.ends(key)
         return len(ends) == 1 and all(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from spmd.chips import Chip
 from spmd.estimate.fusion import Compiler, Held, Name, name
-from spmd.estimate.timeline import compute_seconds
+from spmd.estimate.roofline import compute_seconds
 from spmd.estimate.work import Line
 from spmd.partition.plan import Move
 

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 from spmd.chips import Chip
 from spmd.estimate.fusion import Held, Name, name
-from spmd.estimate.work import Line, rate
+from spmd.estimate.roofline import compute_seconds
+from spmd.estimate.work import Line
 from spmd.hardware import Machine, MachineLayout
-from spmd.partition.plan import Compute, Move, ProgramPlan
+from spmd.partition.plan import Move, ProgramPlan
 
 
 class Span(NamedTuple):
@@ -174,31 +175,3 @@ class _Clock:
             w.count * self.layout.wire_time(w.kind, w.axes, w.bytes / w.count)
             for w in line.wires if w.count
         )  # fmt: skip
-
-
-def compute_seconds(line: Line, kept: Held, chip: Chip) -> float:
-    """Seconds of the arithmetic of a line or of its memory traffic, whichever is longer."""
-    seconds = traffic(line, kept) / chip.hbm_bandwidth
-    if line.flops.total and line.contracts:
-        seconds = max(seconds, line.flops.total / rate(line.instruction, chip))
-    return seconds
-
-
-def traffic(line: Line, kept: Held) -> float:
-    """Bytes that one run of a line reads from memory and writes to it.
-
-    Operations that pick or place windows (no arithmetic, no elementwise form) touch the window
-    alone, however large the array is that it lies in.
-    """
-    writes, reads = kept.writes[line.index], kept.reads[line.index]
-    found = line.instruction
-    if isinstance(found, Compute) and found.regions:
-        return 0.0
-    sizes = [float(key.local_bytes(line.mesh)) for key in (*reads, *writes)]
-    if not writes:
-        return 0.0
-    if isinstance(found, Compute) and not found.op.rule.flops and not found.op.rule.early:
-        data = [float(k.local_bytes(line.mesh)) for k in (*found.operands, *found.results)
-                if k.value.rank and k.value.dtype == found.results[0].value.dtype]  # fmt: skip
-        return 2.0 * min(data, default=0.0)
-    return sum(sizes)

@@ -15,12 +15,9 @@ from sharding.mesh import MeshShape, axes_size
 from sharding.op import Op, Value
 from sharding.rule import Kind
 from spmd import collectives
-from spmd.chips import Chip
 from spmd.partition.local import LocalView
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
 from spmd.partition.reshard import LOCAL
-
-_DEFAULT = jax.lax.Precision.DEFAULT
 
 
 class Wire(NamedTuple):
@@ -277,14 +274,3 @@ def totals(found: tuple[Line, ...]) -> Mapping[tuple[str, tuple[str, ...]], tupl
                 n + line.trips * wire.count, size + line.trips * wire.bytes
             )  # fmt: skip
     return {key: value for key, value in merged.items() if value[0]}
-
-
-def rate(found: Move | Compute, chip: Chip) -> float:
-    """FLOP/s of a contraction: of its operands' dtype, or the nearest that the chip multiplies."""
-    known = dict(chip.flops)
-    assert isinstance(found, Compute)
-    dtype = str(found.operands[0].value.dtype)
-    exact = found.op.params.get("precision") not in (None, _DEFAULT, (_DEFAULT, _DEFAULT))
-    if chip.family == "tpu" and not exact and dtype == "float32":
-        dtype = "bfloat16"  # XLA's default on TPUs: one pass in bfloat16
-    return known.get(dtype, known.get("float32", chip.flops[0][1]))

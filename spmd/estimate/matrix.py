@@ -1,0 +1,86 @@
+"""How long matrix units take for a contraction or convolution.
+
+They multiply square tiles: a TPU holds a tile of one operand and streams rows of the other past it,
+so that a dim of 32 takes as long as one of 128 (the scaling book, "How to Think About TPUs"). What
+comes out of them passes the vector units.
+"""
+
+from math import prod
+from typing import NamedTuple
+
+import jax
+
+from sharding.mesh import MeshShape, axes_size
+from sharding.rule import Kind
+from spmd.chips import Chip
+from spmd.partition.plan import Compute
+
+_DEFAULT = jax.lax.Precision.DEFAULT
+# Rows that are streamed together.
+_ROWS = 8
+
+
+class Product(NamedTuple):
+    """Elements of the local dims of one product of matrices [rows, inner] and [inner, columns]."""
+
+    rows: int
+    inner: int
+    columns: int
+
+
+def arithmetic(found: Compute, flops: float, mesh: MeshShape, chip: Chip) -> float:
+    """Seconds of the arithmetic of a contraction or convolution.
+
+    Args:
+      flops: of one run on one device.
+    """
+    seconds = flops / rate(found, chip) / _filled(found, mesh, chip.tile)
+    key = found.results[0]
+    made = prod(key.layout.local_shape(key.value.shape, mesh))
+    return max(seconds, made / chip.results) if chip.results else seconds
+
+
+def rate(found: Compute, chip: Chip) -> float:
+    """FLOP/s in its operands' dtype, or the nearest that the chip multiplies."""
+    known = dict(chip.flops)
+    dtype = str(found.operands[0].value.dtype)
+    exact = found.op.params.get("precision") not in (None, _DEFAULT, (_DEFAULT, _DEFAULT))
+    if chip.family == "tpu" and not exact and dtype == "float32":
+        dtype = "bfloat16"  # XLA's default on TPUs: one pass in bfloat16
+    return known.get(dtype, known.get("float32", chip.flops[0][1]))
+
+
+def _filled(found: Compute, mesh: MeshShape, tile: int) -> float:
+    """The part of the matrix units that works. The operand lies in tiles that fills them better,
+    but the kernel of a convolution always does."""
+    product = _product(found, mesh)
+    if not tile or 0 in product:
+        return 1.0
+    sides = [_part(product.columns, tile) * _part(product.rows, _ROWS)]
+    if not found.op.rule.spatial:
+        sides.append(_part(product.rows, tile) * _part(product.columns, _ROWS))
+    return _part(product.inner, tile) * max(sides)
+
+
+def _part(size: int, unit: int) -> float:
+    """Of the units of a size, the part that is not padding."""
+    return size / (-(-size // unit) * unit)
+
+
+def _product(found: Compute, mesh: MeshShape) -> Product:
+    """A kernel that slides over its operand is one matrix for each of its elements."""
+    rule, axes = found.op.rule, found.assignment.axes
+    left, right, out = (
+        {name for names in dims for name in names}
+        for dims in (rule.operands[0], rule.operands[1], rule.results[0])
+    )
+
+    def size(names: set[str]) -> int:
+        return prod(
+            -(-factor.size // axes_size(mesh, axes.get(name, ())))
+            for name, factor in rule.factors.items()
+            if name in names and factor.kind is not Kind.FIXED
+        )
+
+    rows, inner, columns = left & out - right, left & right - out, right & out - left
+    return Product(size(rows), size(inner), size(columns))
