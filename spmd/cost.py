@@ -7,7 +7,8 @@ the network between slices or nodes work in two levels, between them on the part
 of one has, and what is sent there is dearer by the same chip's ratio.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from sharding.mesh import MeshShape, axis_size
 
@@ -24,6 +25,23 @@ HELD_PER_LINK_BYTE = 8.0
 _DEARER = LINK_BYTES_PER_S / NETWORK_BYTES_PER_S
 # Enough to prefer one collective over two of the same bytes, too little to prefer more bytes.
 STEP_BYTES = 64.0
+
+
+class Traits(NamedTuple):
+    """What plans depend on of the chip and its compiler.
+
+    Attributes:
+      waits: what a device waits for of what collectives of a kind send, as a part of it; of kinds
+        that are not there, for all of it.
+      lanes: elements of an array's last dim that are worked on at once, however few there are.
+    """
+
+    waits: Mapping[str, float] = {}
+    lanes: int = 1
+
+
+# Of simulated devices, and of chips that nobody described.
+ANY = Traits()
 
 
 def all_gather(out_bytes: float, shards: int) -> float:

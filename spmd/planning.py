@@ -13,7 +13,7 @@ from spmd.partition.plan import ProgramPlan
 from spmd.partition.planner import make_plan
 from spmd.partition.saved import save_gathers, sent
 from spmd.regather import regathered
-from spmd.target import compiler_of, suited, waits
+from spmd.target import compiler_of, suited, traits
 
 # Passes that send less for memory, as they are given up where there is none.
 _FOR_MEMORY = (("loop_invariants",), ("loop_sums",), ("loop_invariants", "loop_sums"))
@@ -59,7 +59,7 @@ class _Planning(NamedTuple):
     ) -> ProgramPlan:
         off = (*self.options.disable_passes, *without)
         made = make_plan(
-            self.propagated, self.in_layouts, self.out_layouts, off, assumed, waits(self.options)
+            self.propagated, self.in_layouts, self.out_layouts, off, assumed, traits(self.options)
         )
         return suited(made, self.options)
 

@@ -1,6 +1,6 @@
 """The chip that a program is compiled for, and what its compiler needs to be told."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +9,9 @@ from jax.sharding import AbstractMesh
 from sharding.errors import ArgumentError, Problem
 from spmd import chips
 from spmd.chips import EXCHANGES_AHEAD, Chip
+from spmd.cost import Traits
 from spmd.estimate.fusion import ANY, Compiler
+from spmd.estimate.tiles import COLUMNS
 from spmd.estimate.work import lines, totals
 from spmd.options import Options
 from spmd.partition.plan import ProgramPlan
@@ -72,17 +74,17 @@ def suited(plan: ProgramPlan, options: Options) -> ProgramPlan:
     return by_rows(plan, chip) if odd else plan
 
 
-def waits(options: Options) -> Mapping[str, float]:
-    """What a device waits for of what collectives of a kind send, as a part of it; of kinds that
-    are not there, for all of it. Sums in streams run beside the other stream, also where XLA waits
-    for those of others."""
+def traits(options: Options) -> Traits:
+    """What plans depend on of the mesh's chip. Sums in streams run beside the other stream, also
+    where XLA waits for those of others."""
     chip = _asked(options)
     if chip is None:
-        return {}
+        return Traits()
     in_streams = _SUMS if chip.gathers_alone and _in_parts(chip, options) else ()
     found = dict.fromkeys((*chip.overlaps, *in_streams), _AHEAD)
     copied = {"all_to_all": _EXCHANGED} if chip.family == "tpu" else {}
-    return {kind: copied.get(kind, part) for kind, part in found.items()}
+    waits = {kind: copied.get(kind, part) for kind, part in found.items()}
+    return Traits(waits, COLUMNS if chip.family == "tpu" else 1)
 
 
 def _asked(options: Options) -> Chip | None:

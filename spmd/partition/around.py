@@ -32,7 +32,7 @@ def waited(found: Plan, waits: Mapping[str, float]) -> float:
     """The cost of a reshard, less what is hidden of it.
 
     Args:
-      waits: as for `planner.make_plan`.
+      waits: see `Traits`.
     """
     return found.cost - sum((1 - waits.get(step.kind, 1.0)) * step.bytes for step in found.steps)
 
@@ -139,7 +139,8 @@ class Surroundings:
         """What it costs to bring a value from one layout to another."""
         if src == dst or self.of_nothing(value):
             return 0.0
-        return waited(plan(src, dst, value.shape, value.itemsize, self.mesh), self.planner.waits)
+        found = plan(src, dst, value.shape, value.itemsize, self.mesh)
+        return waited(found, self.planner.traits.waits)
 
     def _count(self, region: Region, trips: int) -> None:
         self.made.update((v.id, trips) for v in (*region.inputs, *region.consts))
@@ -157,15 +158,19 @@ class Surroundings:
                 if op.control.manual(op.params) is not None:
                     self.held |= {source.id, flow.target.id}
 
-    def others(self, op: Op, axis: str) -> list[int]:
-        """Dims of the program that an operation could have an axis on instead, of those that do
-        not have it already."""
+    def others(self, op: Op, axis: str, taken: bool) -> list[int]:
+        """Dims of the program that an operation could have an axis on instead.
+
+        Args:
+          taken: also those that have it already, in some of its operands.
+        """
         shards, found = axis_size(self.mesh, axis), {}
         values = (*op.inputs, *op.outputs)
         layouts = [lying(self.planner, v) for v in values]
         for name, factor in op.rule.factors.items():
             where = op.rule.where[name]
-            free = not any(axis in layouts[t].dims[d] for t, d in where)
+            has = [axis in layouts[t].dims[d] for t, d in where]
+            free = not all(has) if taken else not any(has)
             even = factor.size and factor.size % shards == 0
             if free and factor.kind is Kind.PASS and even and len({t for t, _ in where}) > 1:
                 t, d = where[0]

@@ -26,6 +26,11 @@ WORTH, MOST = 0.2, 1.5
 # Equations that are looked at, for each of the program: many starts may see the same ones.
 LOOKS = 16
 
+# Off: axes come to no dim that they shard already of another operand. A layer of FSDP between its
+# products, say, by its hidden dim, since its weights are; but such stretches see less of what else
+# is at hand, so that a plan with them that is no better is made without.
+TAKEN = "taken_dims"
+
 _KIND = "moved"  # of diagnostics
 
 
@@ -44,7 +49,8 @@ def move_axes(planner: Any) -> list[Diagnostic]:
     seen: set[tuple[int, str, int]] = set()  # equations that were part of a stretch
     moved: dict[str, tuple[Op, set[int]]] = {}
     for op, axis in contested:
-        dims = [dim for dim in around.others(op, axis) if (op.index, axis, dim) not in seen]
+        others = around.others(op, axis, taken=planner.on(TAKEN))
+        dims = [dim for dim in others if (op.index, axis, dim) not in seen]
         if not dims or axis not in _contested(planner, op):
             continue
         stretches = [Stretch(around, op, axis, dim) for dim in dims]
@@ -78,7 +84,7 @@ def cheaper(moved: RegionPlan, other: RegionPlan, waits: Mapping[str, float]) ->
     that waits for, or multiplies, to be worth it, and it must not send much more.
 
     Args:
-      waits: as for `planner.make_plan`.
+      waits: see `Traits`.
     """
     (after, works), (before, worked) = _spent(moved, waits), _spent(other, waits)
     return after + works < before + worked - WORTH * before and after < MOST * before

@@ -12,12 +12,13 @@ from sharding.program import Op, Region, Value
 from sharding.propagation import Propagated
 from sharding.region import Port
 from sharding.spec import Layout
+from spmd.cost import ANY, Traits
 from spmd.partition.again import from_nothing
 from spmd.partition.broadcasts import late_broadcasts
 from spmd.partition.choose import Alternatives, alternatives
 from spmd.partition.flattened import follow_flattened
 from spmd.partition.gathers import shared
-from spmd.partition.moved import cheaper, move_axes, moves
+from spmd.partition.moved import TAKEN, cheaper, move_axes, moves
 from spmd.partition.placed import expected
 from spmd.partition.plan import (
     Compute,
@@ -35,7 +36,7 @@ _LONG = 32  # equations from one reader to the next, of layers some fifty
 def make_plan(
     propagated: Propagated, in_layouts: Sequence[Layout], out_layouts: Sequence[Layout],
     without: Collection[str] = (), assumed: Mapping[int, Layout] | None = None,
-    waits: Mapping[str, float] | None = None,
+    traits: Traits = ANY,
 ) -> ProgramPlan:  # fmt: skip
     """The partitioned program as data.
 
@@ -45,20 +46,19 @@ def make_plan(
       out_layouts: the same for the results.
       without: names of passes that are off.
       assumed: layouts of values inside of regions, by id, in place of those propagated.
-      waits: what a device waits for of what collectives of a kind send, see `target.waits`; all
-        of it where it is not given.
+      traits: of the chip and its compiler.
     """
 
-    waits = waits or {}
-
     def planned(*off: str) -> ProgramPlan:
-        planner = partial(_Planner, propagated, without=(*without, *off), waits=waits)
+        planner = partial(_Planner, propagated, without=(*without, *off), traits=traits)
         return _planned(planner, propagated, in_layouts, out_layouts, assumed or {})
 
     found = planned()
     if moves(found):
         other = planned("moved_axes")
-        found = found if cheaper(found.body, other.body, waits) else other
+        if not cheaper(found.body, other.body, traits.waits):
+            found = planned(TAKEN)
+            found = found if cheaper(found.body, other.body, traits.waits) else other
     return found if "late_broadcasts" in without else late_broadcasts(found)
 
 
@@ -99,9 +99,9 @@ def _sub_axes(body: RegionPlan) -> set[str]:
 class _Planner:
     def __init__(
         self, propagated: Propagated, mesh: MeshShape, without: Collection[str],
-        waits: Mapping[str, float],
+        traits: Traits,
     ):  # fmt: skip
-        self.waits = waits
+        self.traits = traits
         self.propagated, self.mesh, self.without = propagated, mesh, without
         self.single = frozenset(name for name, size in propagated.mesh.axes if size == 1)
         self.uses = propagated.program.uses

@@ -16,6 +16,7 @@ stay. Across the boundary of a region a value is read as it lies on the other si
 import math
 from collections import deque
 from collections.abc import Hashable, Iterator
+from math import prod
 from typing import NamedTuple
 
 from sharding.mesh import axes_size, overlap
@@ -28,8 +29,6 @@ from spmd.partition.cut import Edge, source_side
 WINDOW = 512
 # Readers of a value that are too many to go on from all of them at once.
 MANY = 16
-# Elements of rows that stay together: a vector unit works on that many at once.
-LANES = 128
 
 _SOURCE, _SINK = "source", "sink"
 
@@ -60,6 +59,7 @@ class Stretch:
         self.ops: dict[int, Op] = {}
         self.values: dict[int, Value] = {}  # that no equation of the stretch makes
         self._layouts: dict[int, tuple[Layout, Layout | None]] = {}
+        self._large = max(prod(v.shape) * v.itemsize for v in (*start.inputs, *start.outputs))
         self._collect(start)
         edges = list(self._edges())
         self._there = source_side(edges, _SOURCE, _SINK)
@@ -123,9 +123,16 @@ class Stretch:
         axes = [tuple(a for a in found if a != self.axis) for found in here.dims]
         axes[d] += (self.axis,)
         shards, last = axes_size(self.mesh, axes[d]), d == value.rank - 1
-        if value.shape[d] % shards or (last and value.shape[d] < LANES * shards):
+        if value.shape[d] % shards or (last and self._narrow(value, shards)):
             return None
         return Layout(tuple(axes))
+
+    def _narrow(self, value: Value, shards: int) -> bool:
+        """Whether too little of rows would be on each device, of a value that is worth a thought:
+        the segment sums of a graph would run over all edges on every device of a TPU."""
+        lanes = self.planner.traits.lanes
+        small = prod(value.shape) * value.itemsize * lanes <= self._large
+        return value.shape[-1] < lanes * shards and not small
 
     def _collect(self, start: Op) -> None:
         """Equations that the dim goes through, those next to the first one first; through the

@@ -13,10 +13,12 @@ from jax.sharding import AbstractMesh
 
 import spmd
 from sharding import P, shard
+from spmd import planning
 from spmd.chips import CHIPS
+from spmd.cost import Traits
 from spmd.options import Options
 from spmd.partition import moved, planner, stretch
-from spmd.target import waits
+from spmd.target import traits
 from tests.oracle import check, kinds, make_mesh
 
 RNG = np.random.default_rng(0)
@@ -123,14 +125,17 @@ def mixed(a: Any, b: Any, x: Any) -> Any:
     return x + jnp.einsum("buc,uv->bvc", jnp.tanh(jnp.einsum("btc,tu->buc", x, a)), b)
 
 
-@pytest.mark.parametrize("features", [1024, 512])
-def test_a_product_along_a_sharded_dim(features: int) -> None:
+@pytest.mark.parametrize(("features", "lanes"), [(1024, 128), (512, 128), (512, 64), (64, 1)])
+def test_a_product_along_a_sharded_dim(
+    monkeypatch: pytest.MonkeyPatch, features: int, lanes: int
+) -> None:
     """Rows stay long enough for vector units: 128 elements of 1,024 on each device, or none."""
+    monkeypatch.setattr(planning, "traits", lambda options: Traits({}, lanes))
     a, b, x = arr(16, 32), arr(32, 16), arr(2, 16, features)
     planned = check(mixed, (a, b, x), make_mesh(s=8), (P(), P(), ROW), ROW)
     once = x.nbytes / 8 * 7 / 8
     by_features = {("all_to_all", ("s",)): (2, 2 * once)}
-    assert (kinds(planned) == by_features) == (features == 1024)
+    assert (kinds(planned) == by_features) == (features // 8 >= lanes)
 
 
 def test_work_tips_the_balance() -> None:
@@ -210,7 +215,7 @@ def plans(shards: int, **waits: float) -> set[str]:
     found = stage.trace(shapes, x).propagate()
     layouts = [[s.layout for s in map(found.result.of, values)] for values in
                (found.result.program.body.inputs, found.result.program.body.outputs)]  # fmt: skip
-    plan = planner.make_plan(found.result, *layouts, waits=waits)
+    plan = planner.make_plan(found.result, *layouts, traits=Traits(waits))
     return {s.kind for one, _ in plan.body.walk() if isinstance(one, moved.Move)
             for s in one.plan.steps}  # fmt: skip
 
@@ -238,18 +243,18 @@ def test_what_chips_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
     mesh, ahead = make_mesh(s=8), {"permute": 1 / 6, "all_gather": 1 / 6}
     asked, before = ahead | {"all_to_all": 2 / 3}, {"permute": 1 / 6}
     sums = dict.fromkeys(("all_reduce", "reduce_scatter"), 1 / 6)
-    assert waits(Options(mesh.abstract_mesh)) == {}
+    assert traits(Options(mesh.abstract_mesh)) == Traits()
     for name, on, whole, unasked in [
         ("v2", {}, {}, before), ("v3", {}, {}, before), ("v4", {}, {}, before),
         ("v5e", sums, {}, ahead | sums), ("v5p", sums, sums, before), ("v6e", sums, sums, before),
     ]:  # fmt: skip
         chip = dataclasses.replace(CHIPS[name], kind=CHIPS["cpu"].kind)
         monkeypatch.setitem(CHIPS, "cpu", chip)
-        assert waits(Options(mesh)) == asked | on, name
-        assert waits(Options(mesh, disable_passes=("streams",))) == asked | whole, name
-        assert waits(Options(mesh, disable_passes=("async_collectives",))) == unasked, name
+        assert traits(Options(mesh)) == Traits(asked | on, 128), name
+        assert traits(Options(mesh, disable_passes=("streams",))).waits == asked | whole, name
+        assert traits(Options(mesh, disable_passes=("async_collectives",))).waits == unasked, name
     monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIPS["h100"], kind=CHIPS["cpu"].kind))
-    assert {*waits(Options(mesh)).values()} == {1 / 6}
+    assert {*traits(Options(mesh)).waits.values()} == {1 / 6}
 
 
 def test_the_diagnostic_says_what_moved() -> None:

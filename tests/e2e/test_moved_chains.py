@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh
 
 import spmd
 from sharding import P, shard
+from spmd.cost import ANY
 from spmd.partition import moved, planner, stretch
 from spmd.partition.around import Surroundings
 from tests.oracle import check, kinds, make_mesh
@@ -145,9 +146,9 @@ def test_the_way_back_counts(monkeypatch: pytest.MonkeyPatch, window: int) -> No
     mesh, places = AbstractMesh((4,), ("s",)), (P("s"),)
     stage = spmd.jit(lambda x: shard(rows(x), "s", None), mesh=mesh, in_shardings=places)
     propagated = stage.trace(jax.ShapeDtypeStruct((64, 512), jnp.float32)).propagate().result
-    around = Surroundings(planner._Planner(propagated, propagated.mesh, ("moved_axes",), {}))
+    around = Surroundings(planner._Planner(propagated, propagated.mesh, ("moved_axes",), ANY))
     (product,) = [op for op in around.program.ops() if op.rule.flops > 1]
-    (dim,) = around.others(product, "s")
+    (dim,) = around.others(product, "s", taken=False)
     whole = 64 * 512 * 4
     gathered, there_and_back = whole * 3 / 4, 2 * whole / 4 * 3 / 4
     gain = stretch.Stretch(around, product, "s", dim).gain
