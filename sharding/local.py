@@ -47,14 +47,6 @@ class Local(Protocol):
         """Shards along `axes` concatenated on `dim`: partial results, not whole operands."""
         ...
 
-    def gathers(self, factor: str) -> bool:
-        """Whether `Rule.gathers` says so."""
-        ...
-
-    def whole(self, x: Any, factor: str, dim: int) -> Any:
-        """`x` gathered along `factor`, its dim `dim`, without padding: if `gathers` says so."""
-        ...
-
     def all_reduce(self, x: Any, axes: tuple[str, ...], monoid: str = "add") -> Any:
         """`x` reduced over the devices along `axes`."""
         ...

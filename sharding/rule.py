@@ -46,10 +46,14 @@ Dims = tuple[tuple[str, ...], ...]
 
 
 class Gathered(NamedTuple):
-    """Why a `local` function gathers operands along a factor, and what avoids it."""
+    """Why operands are gathered along a factor, and what avoids it."""
 
     why: str
     remedy: str = ""
+
+
+def _nowhere(shards: Mapping[str, int]) -> Mapping[str, Gathered]:
+    return {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +71,8 @@ class Rule:
       local: what plain re-binding at local shapes cannot do.
       local_when: factors whose sharding calls for `local`; None: any of them.
       always: `local` is called whatever is sharded.
-      gathers: number of shards per sharded factor -> factors along which `local` gathers operands
-        whole, because every other way would send more. The plan reports them as it does FIXED ones.
+      gathers: number of shards per sharded factor -> factors that are left whole then, because what
+        `local` exchanges would be more than gathering the operands.
       identity: the operand is the result: nothing is bound.
       alone: factor -> factors that must not be sharded with it. Such a factor comes first in dims
         of several: it stands for the whole dim, and is used where the others cannot express a
@@ -97,7 +101,7 @@ class Rule:
     local: Callable[..., Sequence[Any]] | None = None
     local_when: frozenset[str] | None = None
     always: bool = False
-    gathers: Callable[[Mapping[str, int]], Mapping[str, Gathered]] = lambda shards: {}
+    gathers: Callable[[Mapping[str, int]], Mapping[str, Gathered]] = _nowhere
     identity: bool = False
     alone: Mapping[str, frozenset[str]] = field(default_factory=dict)
     divided: frozenset[str] = frozenset()
@@ -120,7 +124,10 @@ class Rule:
     @cached_property
     def canonical(self) -> "Rule":
         """The declaration without its functions, one object for all that are equal, as those of
-        repeated layers: what follows from it alone is worked out once."""
+        repeated layers: what follows from it alone is worked out once. With a function that decides
+        what may be sharded it is its own."""
+        if self.gathers is not _nowhere:
+            return self
         owned, alone = tuple(self.owned.items()), tuple(self.alone.items())
         keeps = tuple(self.keeps.items())
         return _canonical(

@@ -11,7 +11,6 @@ from jax import lax
 
 from sharding import _jax
 from sharding.monoid import identity
-from sharding.parts import cut
 from sharding.rule import Factor, Gathered, Kind, Local, OpInfo, Rule, names, register
 
 p = _jax.primitives
@@ -72,14 +71,11 @@ def _index_dtype(op: OpInfo, shards: int) -> Any:
 
 
 def _local_sort(ctx: Local, op: OpInfo, *xs: Any) -> Sequence[Any]:
-    """By a sorting network, where that sends no more than gathering the dim would."""
+    """By a sorting network."""
     axis = op.params["dimension"]
     factor = f"d{axis}"
     if not op.in_avals[0].shape[axis]:
         return xs
-    if ctx.gathers(factor):
-        out = ctx.bind(*(ctx.whole(x, factor, axis) for x in xs))
-        return [_own(ctx, x, axis, factor) for x in out]
     keys, dtype = op.params["num_keys"], _index_dtype(op, ctx.shards(factor))
     if dtype:
         index = lax.broadcasted_iota(jnp.int32, xs[0].shape, axis) + ctx.offset(factor)
@@ -97,15 +93,6 @@ def _shows_ties(op: OpInfo) -> bool:
     return keys < len(op.in_avals) or any(
         jnp.issubdtype(a.dtype, jnp.inexact) for a in op.in_avals[:keys]
     )
-
-
-def _own(ctx: Local, x: Any, axis: int, factor: str) -> Any:
-    """This shard's part of a whole array."""
-    block = ctx.local_size(factor)
-    missing = block * ctx.shards(factor) - x.shape[axis]
-    widths = [(0, missing if d == axis else 0, 0) for d in range(x.ndim)]
-    x = lax.pad(x, jnp.zeros((), x.dtype), widths)
-    return cut(x, ctx.offset(factor), block, axis)
 
 
 @lru_cache
@@ -197,11 +184,9 @@ def _top_k_gathers(op: OpInfo, shards: Mapping[str, int]) -> Mapping[str, Gather
 
 
 def _local_top_k(ctx: Local, op: OpInfo, x: Any) -> Sequence[Any]:
-    """Of the winners of every shard, or of the whole dim where those are more."""
+    """Of the winners of every shard."""
     axis = op.params["axis"]
     factor = f"d{axis}"
-    if ctx.gathers(factor):
-        return ctx.bind(ctx.whole(x, factor, axis))
     axes, size, block = ctx.axes(factor), op.in_avals[0].shape[axis], x.shape[axis]
     # Equal values are gathered in order of their global index, which is how top_k breaks ties;
     # padding never wins, as its indices come after those of every real element.

@@ -18,7 +18,7 @@ from sharding.rule import Kind, Rule
 from sharding.spec import Layout
 from spmd import cost
 from spmd.partition.placed import legal, makes, needs
-from spmd.partition.plan import Assignment
+from spmd.partition.plan import Assignment, shards_of
 from spmd.partition.reshard import local_bytes, plan
 from spmd.partition.tensor import Tensor, can_carry, carriable
 
@@ -142,12 +142,21 @@ def _all_candidates(
         for combo in product(*options.choices(pruned)):
             assignment = _assemble(rule, axes, combo, options.order)
             carries = can_carry(rule, assignment.carried, operands, mixed) and _apart(assignment)
+            assignment = _without_gathered(rule, assignment, mesh)
             if carries and legal(rule, assignment.axes, mesh):
                 found = True
                 yield from (assignment, *options.swapped(assignment))
         if found:
             break  # else what the result wants cannot be had all at once: a part of it
     yield Assignment(())
+
+
+def _without_gathered(rule: Rule, assignment: Assignment, mesh: MeshShape) -> Assignment:
+    """Less the factors along which the operands are gathered rather than anything exchanged."""
+    whole = rule.gathers(shards_of(assignment, mesh))
+    if not whole:
+        return assignment
+    return assignment._replace(factors=tuple(f for f in assignment.factors if f[0] not in whole))
 
 
 def _apart(assignment: Assignment) -> bool:

@@ -6,16 +6,15 @@ from sharding.errors import GatherError, Problem
 from sharding.mesh import MeshShape, axes_size
 from sharding.program import Op, Value, describe
 from sharding.rule import Kind
-from sharding.spec import Layout
-from spmd import cost
-from spmd.partition.plan import Assignment, Diagnostic, shards_of
-from spmd.partition.reshard import Plan, Step, local_bytes
+from spmd.partition.plan import Diagnostic
+from spmd.partition.reshard import Plan, Step
 
 _ACCEPT = "keep it whole from the start, or accept this with on_gather='plan'"
 
 
 def gather(op: Op, value: Value, plan: Plan, mesh: MeshShape) -> Diagnostic | None:
-    """Of a move that gathers a dim because the operation has no distributed form along it.
+    """Of a move that gathers a dim because the operation has no distributed form along it, or none
+    that sends less.
 
     None where no such dim is gathered.
     """
@@ -29,7 +28,7 @@ def gather(op: Op, value: Value, plan: Plan, mesh: MeshShape) -> Diagnostic | No
         steps = [s for s in gathers if any(_needs_whole(op, i, s, mesh) for i in places)]
         free = _free(op, places[0])
     if not steps:
-        return None
+        return None if op.control is not None else _preferred(op, value, gathers, mesh)
     wire = sum(step.bytes for step in steps)
     dims = sorted({step.dim for step in steps})
     axes = "+".join(dict.fromkeys(a for step in steps for a in step.axes))
@@ -40,29 +39,23 @@ def gather(op: Op, value: Value, plan: Plan, mesh: MeshShape) -> Diagnostic | No
     return Diagnostic("gather", describe(value), text, wire, op.source, _remedy(free, value))
 
 
-def own_gathers(
-    op: Op, assignment: Assignment, operands: Sequence[Layout], mesh: MeshShape
-) -> list[Diagnostic]:
-    """Of what the `local` function gathers by itself, an entry per operand."""
-    if op.rule.local is None:
-        return []
-    shards = shards_of(assignment, mesh)
-    found = []
-    for name, said in op.rule.gathers(shards).items():
-        for t, d in op.rule.where[name]:
-            if t >= len(operands):
+def _preferred(
+    op: Op, value: Value, gathers: Sequence[Step], mesh: MeshShape
+) -> Diagnostic | None:
+    """Of a move that gathers a dim since what the operation would exchange is more."""
+    place = next(i for i, v in enumerate(op.inputs) if v is value)
+    for step in gathers:
+        for name in op.rule.operands[place][step.dim]:
+            said = op.rule.gathers({name: axes_size(mesh, step.axes)}).get(name)
+            if said is None:
                 continue
-            value = op.inputs[t]
-            here = local_bytes(operands[t], value.shape, value.itemsize, mesh)
-            wire = cost.all_gather(here * shards[name], shards[name])
-            axes = "+".join(assignment.axes[name])
             text = (
-                f"{op.primitive.name} gathers {_dims([d], value)} over {axes}, {wire:,.0f} B per "
-                f"device: {said.why}"
+                f"{op.primitive.name} gathers {_dims([step.dim], value)} over "
+                f"{'+'.join(step.axes)}, {step.bytes:,.0f} B per device: {said.why}"
             )
-            remedy = said.remedy or _remedy(_free(op, t, name), value)
-            found.append(Diagnostic("gather", describe(value), text, wire, op.source, remedy))
-    return found
+            remedy = said.remedy or _remedy(_free(op, place, name), value)
+            return Diagnostic("gather", describe(value), text, step.bytes, op.source, remedy)
+    return None
 
 
 def _needs_whole(op: Op, operand: int, step: Step, mesh: MeshShape) -> bool:

@@ -14,7 +14,7 @@ from sharding.program import Op
 from sharding.rule import Kind
 from spmd.partition.apply import all_gather, linear_index, on_first_device, reduce_over
 from spmd.partition.halo import fetch
-from spmd.partition.plan import PART, Compute, shards_of
+from spmd.partition.plan import PART, Compute
 from spmd.partition.verify import check_gather
 
 # Parameters that hold shardings on the global mesh: meaningless at local shapes.
@@ -85,19 +85,8 @@ class LocalView:
         at = lax.broadcasted_iota(jnp.int32, x.shape, dim) + self.offset(factor)
         return where(at < np.int32(self.rule.factors[factor].size), x, fill)
 
-    def gathers(self, factor: str) -> bool:
-        return factor in self.rule.gathers(shards_of(self.instruction.assignment, self.mesh))
-
-    def whole(self, x: Any, factor: str, dim: int) -> Any:
-        assert self.gathers(factor), f"the rule of {self.op.primitive.name} does not say so"
-        x = self._all_gather(x, self.axes(factor), dim)
-        return lax.slice_in_dim(x, 0, self.rule.factors[factor].size, axis=dim)
-
     def all_gather(self, x: Any, axes: tuple[str, ...], dim: int) -> Any:
         check_gather(self.instruction, x, axes, dim, self.mesh)
-        return self._all_gather(x, axes, dim)
-
-    def _all_gather(self, x: Any, axes: tuple[str, ...], dim: int) -> Any:
         if not axes:
             return x
         if not x.size:

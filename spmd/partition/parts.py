@@ -18,7 +18,7 @@ from sharding.spec import Layout
 from spmd.partition.apply import apply
 from spmd.partition.local import LocalView
 from spmd.partition.placed import legal, makes, needs
-from spmd.partition.plan import PART, Assignment, Compute, Key, Move, Parts, shards_of
+from spmd.partition.plan import PART, Assignment, Compute, Key, Move, Parts
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=["dim"])
@@ -92,7 +92,7 @@ def _parts_of_equation(
     changed = _along(one.assignment, names[0])
     if rule.factors[names[0]].size % axes_size(fine, changed.axes[names[0]]):
         return None
-    if not legal(rule, changed.axes, fine) or names[0] in rule.gathers(shards_of(changed, fine)):
+    if not legal(rule, changed.axes, fine):
         return None
     plain = changed._replace(carried=())
     layouts = *needs(rule, plain, (), fine), *makes(rule, plain, fine)

@@ -95,7 +95,10 @@ def _forced(rule: Rule, dims: tuple[tuple[str, ...], ...], mesh: MeshShape) -> A
 
 
 def legal(rule: Rule, factors: Mapping[str, tuple[str, ...]], mesh: MeshShape) -> bool:
-    """Whether every tensor can lie so: dims in even shards where they must be, and contiguous."""
+    """Whether every tensor can lie so: dims in even shards where they must be, and contiguous; and
+    no factor is rather left whole, see `Rule.gathers`."""
+    if rule.gathers({name: axes_size(mesh, axes) for name, axes in factors.items() if axes}):
+        return False
     if rule.simple:
         return True
     for name, axes in factors.items():

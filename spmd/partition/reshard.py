@@ -231,12 +231,24 @@ def _slices(at: Layout, dst: Layout, shape: tuple[int, ...], mesh: MeshShape) ->
     for d, axes in enumerate(dst.dims):
         have = len(at.dims[d])
         if axes[:have] != at.dims[d]:
+            yield from _finer(at, d, axes, shape, mesh)
             continue
         for end in range(have + 1, len(axes) + 1):
             new = axes[have:end]
             if at.used.isdisjoint(new) and _aligned(at.dims[d], new, shape[d], mesh):
                 dims = (*at.dims[:d], axes[:end], *at.dims[d + 1 :])
                 yield Step("slice", new, d, d, "", Layout(dims, at.partial), 0.0)
+
+
+def _finer(
+    at: Layout, d: int, wanted: tuple[str, ...], shape: tuple[int, ...], mesh: MeshShape
+) -> Iterator[Step]:
+    """A dim that changes its axes has both for a while: smaller shards change places, and what
+    is gathered then is no more than what is needed."""
+    new = tuple(a for a in wanted if a not in at.used)
+    if new and _aligned(at.dims[d], new, shape[d], mesh):
+        dims = (*at.dims[:d], (*at.dims[d], *new), *at.dims[d + 1 :])
+        yield Step("slice", new, d, d, "", Layout(dims, at.partial), 0.0)
 
 
 def _gathers(

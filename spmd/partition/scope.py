@@ -90,7 +90,6 @@ class Scope:
         unread = tuple(not self.planner.uses[v.id] for v in op.outputs)
         asked = (tuple(operands), chosen_for) if chosen_for else ()
         self.code.append(Compute(op, assignment, reads, results, (), unread, asked))
-        self.planner.diagnostics += diagnose.own_gathers(op, assignment, needed, self.mesh)
 
     def read(self, value: Value, need: Layout, op: Op | None) -> Key:
         """The value in a layout; emits the move when it is not at hand."""
