@@ -1,8 +1,7 @@
 """How long matrix units take for a contraction or convolution.
 
 They multiply square tiles: a TPU holds a tile of one operand and streams rows of the other past it,
-so that a dim of 32 takes as long as one of 128 (the scaling book, "How to Think About TPUs"). What
-comes out of them passes the vector units.
+so that a dim of 32 takes as long as one of 128 (the scaling book, "How to Think About TPUs").
 """
 
 from math import prod
@@ -21,23 +20,31 @@ _ROWS = 8
 
 
 class Product(NamedTuple):
-    """Elements of the local dims of one product of matrices [rows, inner] and [inner, columns]."""
+    """Elements of the local dims of one product of matrices [rows, inner] and [inner, columns].
+
+    Attributes:
+      batch: of the rows, those that are no places of a convolution.
+    """
 
     rows: int
+    batch: int
     inner: int
     columns: int
 
 
 def arithmetic(found: Compute, flops: float, mesh: MeshShape, chip: Chip) -> float:
-    """Seconds of the arithmetic of a contraction or convolution.
+    """Seconds of the arithmetic of a contraction or convolution. What comes out of a contraction
+    passes the vector units, unless it stays in the core's own memory.
 
     Args:
       flops: of one run on one device.
     """
     seconds = flops / rate(found, chip) / _filled(found, mesh, chip.tile)
     key = found.results[0]
-    made = prod(key.layout.local_shape(key.value.shape, mesh))
-    return max(seconds, made / chip.results) if chip.results else seconds
+    size = key.local_bytes(mesh)
+    if not chip.results or found.op.rule.spatial or size < chip.vmem_bytes:
+        return seconds
+    return max(seconds, size / key.value.itemsize / chip.results)
 
 
 def rate(found: Compute, chip: Chip) -> float:
@@ -51,15 +58,15 @@ def rate(found: Compute, chip: Chip) -> float:
 
 
 def _filled(found: Compute, mesh: MeshShape, tile: int) -> float:
-    """The part of the matrix units that works. The operand lies in tiles that fills them better,
-    but the kernel of a convolution always does."""
+    """The part of the matrix units that works, with the operand in tiles that fills them better."""
     product = _product(found, mesh)
     if not tile or 0 in product:
         return 1.0
-    sides = [_part(product.columns, tile) * _part(product.rows, _ROWS)]
-    if not found.op.rule.spatial:
-        sides.append(_part(product.rows, tile) * _part(product.columns, _ROWS))
-    return _part(product.inner, tile) * max(sides)
+    by_columns = _part(product.columns, tile) * _part(product.rows, _ROWS)
+    # A batch that fills half a tile is filled up with places.
+    lying = product.rows if 2 * product.batch >= tile else product.batch
+    by_rows = _part(lying, tile) * _part(product.columns, _ROWS)
+    return _part(product.inner, tile) * max(by_columns, by_rows)
 
 
 def _part(size: int, unit: int) -> float:
@@ -83,4 +90,4 @@ def _product(found: Compute, mesh: MeshShape) -> Product:
         )
 
     rows, inner, columns = left & out - right, left & right - out, right & out - left
-    return Product(size(rows), size(inner), size(columns))
+    return Product(size(rows), size(rows - rule.spatial), size(inner), size(columns))
