@@ -206,6 +206,9 @@ def _local_concatenate(ctx: Local, op: OpInfo, *operands: Any) -> Sequence[Any]:
     axis = op.params["dimension"]
     factor = f"d{axis}"
     axes, shards = ctx.axes(factor), ctx.shards(factor)
+    sizes = {aval.shape[axis] for aval in op.in_avals}
+    if len(sizes) == 1 and max(sizes) % shards == 0 == shards % len(operands):
+        return [_in_turn(ctx, operands, axis)]
     shape = _resized(operands[0], axis, ctx.local_out(0)[axis])
     at = ctx.offset(factor) + lax.broadcasted_iota(jnp.int32, shape, axis)
     out, begin = None, 0
@@ -218,6 +221,26 @@ def _local_concatenate(ctx: Local, op: OpInfo, *operands: Any) -> Sequence[Any]:
             out = jnp.broadcast_to(x, shape) if out is None else jnp.where(at >= begin, x, out)
         begin += n
     return [operands[0] if out is None else out]
+
+
+def _in_turn(ctx: Local, operands: Sequence[Any], axis: int) -> Any:
+    """Operands of one size, whose number divides that of the shards: in each round every shard
+    sends its block of one of them, shard s that of operand (round + s) modulo their number, and
+    receives one. Which one goes round among the groups of receivers."""
+    axes, shards, count = ctx.axes(f"d{axis}"), ctx.shards(f"d{axis}"), len(operands)
+    block, groups = operands[0].shape[axis], range(shards)
+    group = [d // (shards // count) for d in groups]
+    blocks = lax.concatenate(operands, axis)  # of shard 0, then of shard 1, ...
+    rounds = []
+    for turn in range(count):
+        sources = [count * (d % (shards // count)) + (group[d] - turn) % count for d in groups]
+        starts = [(count * s + (turn + s) % count) * block for s in sources]
+        size = shards * count * block
+        rounds.append(ctx.fetch(blocks, axis, axes, size, starts, block))
+    # Its part of operand t, from 0 on, came in round (group - t) modulo their number.
+    order = [rounds[-1 - t % count] for t in range(2 * count - 1)]
+    first = [(count - 1 - g % count) * block for g in group]
+    return cut(lax.concatenate(order, axis), pick(first, ctx.index(axes)), count * block, axis)
 
 
 def _slices(x: Any, *, sizes: Sequence[int], axis: int) -> list[Any]:
