@@ -4,7 +4,7 @@ Nested calls (jit, custom_jvp, custom_vjp ...) are inlined; scan, while, cond an
 bodies as regions. Shapes are global. Everything after this stage reads the Program, not the jaxpr.
 """
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -79,15 +79,21 @@ class Program:
         return "\n".join(render(self))
 
 
-def build(closed: Any, in_names: Sequence[str] = (), out_names: Sequence[str] = ()) -> Program:
+def build(
+    closed: Any, in_names: Sequence[str] = (), out_names: Sequence[str] = (),
+    instead: Mapping[int, Callable] | None = None,
+) -> Program:  # fmt: skip
     """A Program from a closed jaxpr; names are those of the flat arguments and results.
+
+    Args:
+      instead: `id` of an equation -> a JAX function of its operands and parameters to put there.
 
     Raises:
       ArgumentError: it changes mutable arrays outside of itself.
     """
     _check_refs(closed, in_names)
     closed = _jax.without_refs(closed)
-    builder = _Builder()
+    builder = _Builder(instead or {})
     body = builder.region(closed, list(in_names), Scope())
     for value, name in zip(body.outputs, out_names, strict=False):
         if not value.name and value.const is None:
@@ -96,7 +102,8 @@ def build(closed: Any, in_names: Sequence[str] = (), out_names: Sequence[str] = 
 
 
 class _Builder:
-    def __init__(self) -> None:
+    def __init__(self, instead: Mapping[int, Callable]) -> None:
+        self.instead = instead
         self.values: list[Value] = []
         self.count = 0
         self.merged: set[int] = set()  # indices of equations that others were merged with
@@ -179,6 +186,8 @@ class _Builder:
     def inlined(self, eqn: Any, scope: Scope) -> Inline | None:
         """What replaces an equation: as registered; for one without a rule that other packages
         define, the JAX function that it is lowered as."""
+        if id(eqn) in self.instead:
+            return Inline(None, function=self.instead[id(eqn)])
         if eqn.primitive in REGISTRY or (scope.manual is not None and scope.manual.full):
             return REGISTRY.inlined.get(eqn.primitive)
         fun = _jax.lowered_as(eqn.primitive)

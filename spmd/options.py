@@ -13,7 +13,7 @@ from sharding.mesh import MeshShape
 
 # What can be switched off, by `disable_passes`.
 PASSES = (
-    "moved_axes", "shared_sums", "shared_gathers", "loop_sums", "loop_invariants",
+    "own_steps", "moved_axes", "shared_sums", "shared_gathers", "loop_sums", "loop_invariants",
     "late_broadcasts", "saved_gathers", "regathers", "transposed_sums", "split_scatters",
     "own_stacks", "keep_products", "streams", "async_collectives", "bounded_schedule",
 )  # fmt: skip

@@ -4,7 +4,7 @@ Frozen objects in the manner of `jax.stages`: each prints, and each makes the ne
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ import sharding.propagation
 from sharding._jax import jit as _jit
 from sharding.collector import uncollected
 from sharding.errors import ShardingWarning
+from sharding.own_steps import own_steps
 from sharding.program import Program, Value, render
 from sharding.spec import Layout, Sharding
 from spmd import boundary, collectives, cost
@@ -51,6 +52,7 @@ class Traced(Reporting):
       constants: everything that it closes over.
       inputs: values of `constants`, then of the arguments: the inputs of `program.closed`.
       source: the `jax.stages.Traced`; None for a call inside of another program.
+      again: makes the same with functions in place of equations, see `program.build`.
     """
 
     program: Program
@@ -62,6 +64,7 @@ class Traced(Reporting):
     constants: Sequence[Any] = ()
     inputs: tuple[Value, ...] = ()
     source: Any = None
+    again: Callable[[Mapping[int, Callable]], "Traced"] | None = None
 
     @property
     def annotations(self) -> tuple[tuple[Value, Sharding], ...]:
@@ -123,9 +126,12 @@ class Traced(Reporting):
     def propagate(self) -> "Propagated":
         """Infers the sharding of every value."""
         mesh = self.options.mesh_shape
-        return Propagated(
-            self, sharding.propagation.propagate(self.program, mesh, self.annotations)
-        )
+        found = sharding.propagation.propagate(self.program, mesh, self.annotations)
+        if self.again is not None and self.options.on("own_steps") and not self.typed:
+            if instead := own_steps(found):
+                # What such a loop stacks is sharded now, and another one may run over that.
+                return self.again(instead).propagate()
+        return Propagated(self, found)
 
     def lower(self, **how: Any) -> Lowered:
         """All stages up to StableHLO; with the options of `jax.stages.Traced.lower`."""

@@ -1,6 +1,6 @@
 """From a function and the arguments of one call to a `Traced` program."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -44,14 +44,19 @@ def trace(jitted: Any, arguments: Arguments, options: Options) -> Traced:
         for i, x in enumerate(constants)
     ]
     out_names = output_names(found.out_tree)
-    program = build(closed, [*names, *arguments.names], out_names)
-    inputs = program.body.inputs
-    captured = _keep_small(program, constants)
-    program.check_rules(options.fallback)
-    annotated = resolve_all(program, arguments, found.out_tree, options, captured)
-    return Traced(
-        program, arguments, annotated, found.out_tree, options, captured, constants, inputs, found
-    )
+
+    def made(instead: Mapping[int, Callable]) -> Traced:
+        program = build(closed, [*names, *arguments.names], out_names, instead)
+        inputs = program.body.inputs
+        captured = _keep_small(program, constants)
+        program.check_rules(options.fallback)
+        annotated = resolve_all(program, arguments, found.out_tree, options, captured)
+        return Traced(
+            program, arguments, annotated, found.out_tree, options, captured, constants, inputs,
+            found, lambda more: made({**instead, **more}),
+        )  # fmt: skip
+
+    return made({})
 
 
 def _check_sizes(arguments: Arguments) -> None:

@@ -23,6 +23,7 @@ from sharding.rule import (
     register_inline,
     replicated_rule,
 )
+from sharding.rules.own_steps import scan_in_parts
 
 p = _jax.primitives
 Params = Mapping[str, Any]
@@ -76,6 +77,7 @@ register_control(
         trips=lambda op: op.params["length"],
         counted=True,
         trees=True,
+        in_parts=scan_in_parts,
     ),
 )
 

@@ -30,6 +30,7 @@ LAYERS = (
     ("sharding.provenance", "sharding.resolve"),
     ("sharding.decide", "sharding.reach"),
     ("sharding.propagation", "sharding.stated"),
+    ("sharding.own_steps",),
     ("sharding.explain",),
     ("sharding",),
     ("spmd.chips",),
