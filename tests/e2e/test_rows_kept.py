@@ -59,18 +59,26 @@ def test_minibatches_of_a_dataset_in_order() -> None:
 @pytest.mark.parametrize("fun", [by_number, drawn])
 def test_minibatches_that_are_taken_in_each_step(fun: Callable[..., Any]) -> None:
     """A shard gives what it has of them, and they are scattered."""
-    planned = check(fun, (W, X), make_mesh(data=8), PLACES, P())
+    off = {"disable_passes": ["moved_axes"]}
+    planned = check(fun, (W, X), make_mesh(data=8), PLACES, P(), **off)
     found = kinds(planned)
     assert found["reduce_scatter", ("data",)] == (STEPS, X.nbytes * 7 / 8)
     assert found["all_reduce", ("data",)] == (STEPS, REDUCED)
     assert len(found) == 2  # which rows are taken is worked out everywhere
 
 
+def test_rows_that_are_drawn_may_be_taken_by_columns() -> None:
+    """Each device has its columns of all rows, and gives them back for the rows of a batch."""
+    planned = check(drawn, (W, X), make_mesh(data=8), PLACES, P())
+    once = X.nbytes / 8 * 7 / 8
+    assert kinds(planned)["all_to_all", ("data",)] == (1 + STEPS, 2 * once)
+
+
 def test_results_of_a_loop_that_are_asked_for_in_order() -> None:
     x = draw(STEPS, BATCH, WIDTH)
     planned = check(
         lambda x, w: lax.map(lambda x: jnp.tanh(x @ w), x), (x, draw(WIDTH, WIDTH)),
-        make_mesh(data=8), (P("data"), P()), P("data"),
+        make_mesh(data=8), (P("data"), P()), P("data"), disable_passes=["own_steps"],
     )  # fmt: skip
     assert kinds(planned) == {("all_to_all", ("data",)): (2, 2 * x.nbytes / 8 * 7 / 8)}
 

