@@ -17,6 +17,8 @@ from spmd.partition.plan import Compute
 _DEFAULT = jax.lax.Precision.DEFAULT
 # Rows that are streamed together.
 _ROWS = 8
+# Features of a convolution that are few.
+_FOLDED = 16
 
 
 class Product(NamedTuple):
@@ -75,7 +77,8 @@ def _part(size: int, unit: int) -> float:
 
 
 def _product(found: Compute, mesh: MeshShape) -> Product:
-    """A kernel that slides over its operand is one matrix for each of its elements."""
+    """A kernel that slides over its operand is one matrix for each of its elements; with few
+    features its elements are folded into them."""
     rule, axes = found.op.rule, found.assignment.axes
     left, right, out = (
         {name for names in dims for name in names}
@@ -89,5 +92,9 @@ def _product(found: Compute, mesh: MeshShape) -> Product:
             if name in names and factor.kind is not Kind.FIXED
         )
 
-    rows, inner, columns = left & out - right, left & right - out, right & out - left
-    return Product(size(rows), size(rows - rule.spatial), size(inner), size(columns))
+    rows, columns = left & out - right, right & out - left
+    inner = size(left & right - out)
+    if rule.spatial and inner <= _FOLDED:
+        fixed = [f for name, f in rule.factors.items() if f.kind is Kind.FIXED and name in right]
+        inner *= prod(factor.size for factor in fixed)
+    return Product(size(rows), size(rows - rule.spatial), inner, size(columns))

@@ -101,3 +101,24 @@ def test_results_of_short_sums_wait_to_leave(chip: str, inner: int, estimated: f
     shapes = (256, 2048, inner), (256, inner, 2048)
     found = full(jnp.matmul, *shapes, chip=chip, spec=(P("x"), P("x")), results=True)
     assert found == pytest.approx(estimated, rel=0.1)
+
+
+def test_large_batches_of_a_convolution_fill_units() -> None:
+    """In place of features, of which 32 are a quarter; 64 examples on a device do, 32 do not."""
+    kernel = 3, 3, 3, 128, 32
+    for batch, want in ((64, 1.0), (32, 32 / 128)):
+        found = full(voxels, (4 * batch, 4, 4, 4, 128), kernel, spec=(P("x"), P()))
+        assert found == want
+
+
+def test_kernels_of_few_features_are_folded() -> None:
+    """Of colours, say: 27 elements of 3."""
+    found = full(voxels, (256, 4, 4, 4, 3), (3, 3, 3, 3, 128), spec=(P("x"), P()))
+    assert found == 81 / 128
+
+
+@pytest.mark.parametrize("size", [256, 8])
+def test_what_stays_in_the_cores_own_memory_waits_for_nothing(size: int) -> None:
+    shapes = (4 * size, 2048, 64), (4 * size, 64, 2048)
+    found = full(jnp.matmul, *shapes, chip="v5e", spec=(P("x"), P("x")), results=True)
+    assert (found == 64 / 128) == (size * 2048 * 2048 * 2 < CHIPS["v5e"].vmem_bytes)
