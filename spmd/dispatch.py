@@ -77,15 +77,16 @@ def jit(
         diagnostic; "error": that is an error, which lists all of them.
       strict: everything in `Partitioned.diagnostics` that costs a device 1 MiB or more is an
         error, which lists all of it.
-      disable_passes: names of optimisations that are off: "moved_axes" (an axis shards another dim
-        for a part of the program, attention's heads in place of its positions, by all-to-alls,
-        where others would gather), "shared_sums" (sums are reduced where that is cheapest for all
-        that is made of them), "shared_gathers" (what several operations could gather is gathered
-        once where that is), "late_broadcasts" (what is cut from one shard stays there until others
-        need it), "loop_sums" (what a loop adds up is reduced once, after it), "loop_invariants"
-        (what its steps gather is gathered once), "split_scatters", "own_stacks" and
-        "async_collectives" (what TPU compilers need in order to keep reduce-scatters, to fill no
-        memory with zeros that are overwritten, and to run collectives beside computation),
+      disable_passes: names of optimisations that are off: "own_steps" (of a loop over a sharded dim
+        whose steps need nothing of one another every device runs its own), "moved_axes" (an axis
+        shards another dim for a part of the program, attention's heads in place of its positions,
+        by all-to-alls, where others would gather), "shared_sums" (sums are reduced where that is
+        cheapest for all that is made of them), "shared_gathers" (what several operations could
+        gather is gathered once where that is), "late_broadcasts" (what is cut from one shard stays
+        there until others need it), "loop_sums" (what a loop adds up is reduced once, after it),
+        "loop_invariants" (what its steps gather is gathered once), "split_scatters", "own_stacks"
+        and "async_collectives" (what TPU compilers need in order to keep reduce-scatters, to fill
+        no memory with zeros that are overwritten, and to run collectives beside computation),
         "streams" (so that TPUs have half of a batch to compute while what they send of the other
         half is on its way), "transposed_sums" (so that they copy no weights into the order of their
         gradients), "keep_products" (what the CPU compiler needs in order to multiply matrices at

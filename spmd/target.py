@@ -53,6 +53,8 @@ _SUITED = {
     "cpu": (("keep_products", keep_products),),
 }  # fmt: skip
 _SUMS = ("all_reduce", "reduce_scatter")
+# Elements of rows that are worked on at once; GPUs read 32 bytes at a time.
+_LANES = {"tpu": COLUMNS, "gpu": 8}
 # Of a collective that runs beside computation, what a device waits for; of compiled programs. What
 # all devices exchange is copied before and after on TPUs.
 _AHEAD, _EXCHANGED = 1 / 6, 2 / 3
@@ -84,7 +86,7 @@ def traits(options: Options) -> Traits:
     found = dict.fromkeys((*chip.overlaps, *in_streams), _AHEAD)
     copied = {"all_to_all": _EXCHANGED} if chip.family == "tpu" else {}
     waits = {kind: copied.get(kind, part) for kind, part in found.items()}
-    return Traits(waits, COLUMNS if chip.family == "tpu" else 1)
+    return Traits(waits, _LANES.get(chip.family, 1))
 
 
 def _asked(options: Options) -> Chip | None:

@@ -24,11 +24,11 @@ ROWS, COLUMNS = P("data"), P(None, "data")
 WIDTH = 64
 
 
-def _ints(*dims: int) -> jax.ShapeDtypeStruct:
+def ints(*dims: int) -> jax.ShapeDtypeStruct:
     return array(*dims, dtype=jnp.int32)
 
 
-def _program(
+def program(
     name: str, text: str, fun: Callable, args: Sequence[Any], ins: Sequence[Any], outs: Any,
     below: int = 0, pairs: bool = False,
 ) -> Program:  # fmt: skip
@@ -157,22 +157,22 @@ def particles(x: Any, seen: Any) -> Any:
 # --- around networks -----------------------------------------------------------------------------
 
 
-def _network(*widths: int) -> list[Any]:
+def network(*widths: int) -> list[Any]:
     return [(array(a, b), array(b)) for a, b in zip(widths, widths[1:], strict=False)]
 
 
-def _fsdp(tree: Any) -> Any:
+def fsdp(tree: Any) -> Any:
     """The larger dim of each weight over `data`; biases too."""
     return jax.tree.map(lambda s: COLUMNS if s.shape[-1] >= s.shape[0] < s.size else ROWS, tree)
 
 
-def _apply(layers: Any, x: Any) -> Any:
+def apply(layers: Any, x: Any) -> Any:
     for weights, bias in layers[:-1]:
         x = jax.nn.relu(x @ weights + bias)
     return x @ layers[-1][0] + layers[-1][1]
 
 
-def _descend(loss: Callable[[Any], Any], layers: Any) -> Any:
+def descend(loss: Callable[[Any], Any], layers: Any) -> Any:
     return jax.tree.map(lambda p, g: p - 1e-3 * g, layers, jax.grad(loss)(layers))
 
 
@@ -180,20 +180,20 @@ def contrast(towers: Any, left: Any, right: Any) -> Any:
     """Pairs of a batch against each other, as CLIP is trained."""
 
     def loss(towers: Any) -> Any:
-        pairs = (_apply(tower, x) for tower, x in zip(towers, (left, right), strict=True))
+        pairs = (apply(tower, x) for tower, x in zip(towers, (left, right), strict=True))
         u, v = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in pairs)
         scores = 10 * u @ v.T
         both = jax.nn.log_softmax(scores) + jax.nn.log_softmax(scores.T)
         return -jnp.mean(jnp.diagonal(both))
 
-    return _descend(loss, towers)
+    return descend(loss, towers)
 
 
 def accumulate(layers: Any, x: Any, y: Any) -> Any:
     """Gradients of four microbatches, added up in a loop."""
 
     def micro(total: Any, pair: Any) -> Any:
-        gradient = jax.grad(lambda p: jnp.mean((_apply(p, pair[0]) - pair[1]) ** 2))(layers)
+        gradient = jax.grad(lambda p: jnp.mean((apply(p, pair[0]) - pair[1]) ** 2))(layers)
         return jax.tree.map(jnp.add, total, gradient), None
 
     split = tuple(v.reshape(4, -1, WIDTH) for v in (x, y))
@@ -206,7 +206,7 @@ def ode(layers: Any, x: Any, y: Any) -> Any:
 
     def loss(layers: Any) -> Any:
         def step(x: Any, _: Any) -> Any:
-            slope = lambda x: jnp.tanh(_apply(layers, x))  # noqa: E731
+            slope = lambda x: jnp.tanh(apply(layers, x))  # noqa: E731
             a = slope(x)
             b = slope(x + 0.05 * a)
             c = slope(x + 0.05 * b)
@@ -214,14 +214,14 @@ def ode(layers: Any, x: Any, y: Any) -> Any:
 
         return jnp.mean((lax.scan(step, x, None, length=8)[0] - y) ** 2)
 
-    return _descend(loss, layers)
+    return descend(loss, layers)
 
 
 def policy(layers: Any, start: Any) -> Any:
     """A policy that is played for 16 steps in many environments, and trained on what came of it."""
 
     def step(state: Any, key: Any) -> Any:
-        action = jnp.tanh(_apply(layers, state)) + 0.1 * jax.random.normal(key, state.shape)
+        action = jnp.tanh(apply(layers, state)) + 0.1 * jax.random.normal(key, state.shape)
         return 0.9 * state + 0.1 * action, (state, action, -(state**2).sum(-1))
 
     keys = jax.random.split(jax.random.key(0), 16)
@@ -230,16 +230,16 @@ def policy(layers: Any, start: Any) -> Any:
     worth = (returns - returns.mean()) / (returns.std() + 1e-6)
 
     def loss(layers: Any) -> Any:
-        return jnp.mean(worth[..., None] * (jnp.tanh(_apply(layers, states)) - actions) ** 2)
+        return jnp.mean(worth[..., None] * (jnp.tanh(apply(layers, states)) - actions) ** 2)
 
-    return _descend(loss, layers)
+    return descend(loss, layers)
 
 
 def minibatches(layers: Any, x: Any, y: Any) -> Any:
     """One epoch inside of the step: eight minibatches of a dataset, in order."""
 
     def step(layers: Any, pair: Any) -> Any:
-        return _descend(lambda p: jnp.mean((_apply(p, pair[0]) - pair[1]) ** 2), layers), None
+        return descend(lambda p: jnp.mean((apply(p, pair[0]) - pair[1]) ** 2), layers), None
 
     return lax.scan(step, layers, tuple(v.reshape(8, -1, WIDTH) for v in (x, y)))[0]
 
@@ -248,7 +248,7 @@ def shuffled(layers: Any, x: Any, y: Any) -> Any:
     """The same, its rows drawn anew."""
 
     def step(layers: Any, rows: Any) -> Any:
-        return _descend(lambda p: jnp.mean((_apply(p, x[rows]) - y[rows]) ** 2), layers), None
+        return descend(lambda p: jnp.mean((apply(p, x[rows]) - y[rows]) ** 2), layers), None
 
     order = jax.random.permutation(jax.random.key(0), len(x)).reshape(8, -1)
     return lax.scan(step, layers, order)[0]
@@ -265,7 +265,7 @@ def tokens(head: Any, features: Any, ids: Any) -> Any:
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), ids.reshape(-1, 1), 1)
         return -picked.mean()
 
-    return _descend(loss, head)
+    return descend(loss, head)
 
 
 def heads(x: Any) -> Any:
@@ -297,71 +297,71 @@ def positions(weights: Any, x: Any, y: Any) -> Any:
         made = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         return x + jnp.einsum("bthd,hdc->btc", made, w["o"]), None
 
-    return _descend(lambda w: jnp.mean((lax.scan(layer, x, w)[0] - y) ** 2), weights)
+    return descend(lambda w: jnp.mean((lax.scan(layer, x, w)[0] - y) ** 2), weights)
 
 
 def mixer(layers: Any, x: Any, y: Any) -> Any:
     """Layers along positions, which are sharded, between those along features."""
 
     def loss(layers: Any) -> Any:
-        mixed = x + _apply(layers[0], x.swapaxes(1, 2)).swapaxes(1, 2)
-        return jnp.mean((mixed + _apply(layers[1], mixed) - y) ** 2)
+        mixed = x + apply(layers[0], x.swapaxes(1, 2)).swapaxes(1, 2)
+        return jnp.mean((mixed + apply(layers[1], mixed) - y) ** 2)
 
-    return _descend(loss, layers)
+    return descend(loss, layers)
 
 
 GRID, LINE = array(512, 512), array(4096, 16)
-LAYERS = _network(WIDTH, 4 * WIDTH, 4 * WIDTH, WIDTH)
-TOWERS = [_network(WIDTH, 4 * WIDTH, WIDTH)] * 2
+LAYERS = network(WIDTH, 4 * WIDTH, 4 * WIDTH, WIDTH)
+TOWERS = [network(WIDTH, 4 * WIDTH, WIDTH)] * 2
 BATCH, DATASET = array(512, WIDTH), array(32768, WIDTH)
-SMALL = _network(WIDTH, WIDTH, WIDTH)
+SMALL = network(WIDTH, WIDTH, WIDTH)
 
 HEADS_8 = {**{n: array(4, 256, 8, 32) for n in "qkv"}, "o": array(4, 8, 32, 256)}
-MIXERS = [_network(512, 1024, 512), _network(128, 256, 128)]
+MIXERS = [network(512, 1024, 512), network(128, 256, 128)]
 
 BOTH = (ROWS, ROWS)
 PARTS, HEADS = P("data", "part"), P("data", None, "part")
 
 PROGRAMS = (
-    _program("wave", "a wave equation, rows of a grid", wave, (GRID, GRID), BOTH, BOTH),
-    _program("fdtd", "Maxwell's equations in one dim", fdtd, (LINE, LINE), BOTH, BOTH),
-    _program("burgers", "Burgers' equation", burgers, (array(4096),), (ROWS,), ROWS),
-    _program("jacobi", "Poisson's equation, rows of a grid", jacobi, (GRID, GRID), BOTH, ROWS),
-    _program("life", "Conway's game, rows of a torus", life, (GRID,), (ROWS,), ROWS),
-    _program("kmeans", "k-means, points", kmeans, (LINE, array(32, 16)), (ROWS, P()), P()),
-    _program("pagerank", "ranks of pages, edges and nodes", pagerank,
-             (_ints(16384), _ints(16384), array(2048)), (*BOTH, ROWS), ROWS, below=2048),
-    _program("percentiles", "of columns, rows sharded", percentiles, (array(4096, 64),), (ROWS,),
+    program("wave", "a wave equation, rows of a grid", wave, (GRID, GRID), BOTH, BOTH),
+    program("fdtd", "Maxwell's equations in one dim", fdtd, (LINE, LINE), BOTH, BOTH),
+    program("burgers", "Burgers' equation", burgers, (array(4096),), (ROWS,), ROWS),
+    program("jacobi", "Poisson's equation, rows of a grid", jacobi, (GRID, GRID), BOTH, ROWS),
+    program("life", "Conway's game, rows of a torus", life, (GRID,), (ROWS,), ROWS),
+    program("kmeans", "k-means, points", kmeans, (LINE, array(32, 16)), (ROWS, P()), P()),
+    program("pagerank", "ranks of pages, edges and nodes", pagerank,
+             (ints(16384), ints(16384), array(2048)), (*BOTH, ROWS), ROWS, below=2048),
+    program("percentiles", "of columns, rows sharded", percentiles, (array(4096, 64),), (ROWS,),
              P()),
-    _program("autocorrelation", "of many series, by FFT", autocorrelation, (array(64, 4096),),
+    program("autocorrelation", "of many series, by FFT", autocorrelation, (array(64, 4096),),
              (ROWS,), ROWS),
-    _program("particles", "a particle filter", particles, (array(1024, 4), array(8, 4)),
+    program("particles", "a particle filter", particles, (array(1024, 4), array(8, 4)),
              (ROWS, P()), P()),
-    _program("contrast", "contrastive towers, FSDP", contrast, (TOWERS, BATCH, BATCH),
-             (_fsdp(TOWERS), *BOTH), _fsdp(TOWERS)),
-    _program("accumulate", "microbatches, FSDP", accumulate, (LAYERS, BATCH, BATCH),
-             (_fsdp(LAYERS), *BOTH), _fsdp(LAYERS)),
-    _program("ode", "a neural ODE, the batch sharded", ode, (LAYERS, BATCH, BATCH),
+    program("contrast", "contrastive towers, FSDP", contrast, (TOWERS, BATCH, BATCH),
+             (fsdp(TOWERS), *BOTH), fsdp(TOWERS)),
+    program("accumulate", "microbatches, FSDP", accumulate, (LAYERS, BATCH, BATCH),
+             (fsdp(LAYERS), *BOTH), fsdp(LAYERS)),
+    program("ode", "a neural ODE, the batch sharded", ode, (LAYERS, BATCH, BATCH),
              (everywhere(LAYERS), *BOTH), everywhere(LAYERS)),
-    _program("ode_fsdp", "the same, FSDP", ode, (LAYERS, BATCH, BATCH),
-             (_fsdp(LAYERS), *BOTH), _fsdp(LAYERS)),
-    _program("policy", "reinforcement learning, FSDP", policy, (LAYERS, BATCH),
-             (_fsdp(LAYERS), ROWS), _fsdp(LAYERS)),
-    _program("minibatches", "of a dataset on the devices, in order", minibatches,
+    program("ode_fsdp", "the same, FSDP", ode, (LAYERS, BATCH, BATCH),
+             (fsdp(LAYERS), *BOTH), fsdp(LAYERS)),
+    program("policy", "reinforcement learning, FSDP", policy, (LAYERS, BATCH),
+             (fsdp(LAYERS), ROWS), fsdp(LAYERS)),
+    program("minibatches", "of a dataset on the devices, in order", minibatches,
              (SMALL, DATASET, DATASET), (everywhere(SMALL), *BOTH), everywhere(SMALL)),
-    _program("shuffled", "the same, drawn anew", shuffled, (SMALL, DATASET, DATASET),
+    program("shuffled", "the same, drawn anew", shuffled, (SMALL, DATASET, DATASET),
              (everywhere(SMALL), *BOTH), everywhere(SMALL)),
-    _program("tokens", "a loss of flat tokens, batch and sequence sharded", tokens,
-             (array(WIDTH, 1024), array(16, 64, WIDTH), _ints(16, 64)), (P(), PARTS, PARTS), P(),
+    program("tokens", "a loss of flat tokens, batch and sequence sharded", tokens,
+             (array(WIDTH, 1024), array(16, 64, WIDTH), ints(16, 64)), (P(), PARTS, PARTS), P(),
              below=1024, pairs=True),
-    _program("heads", "examples and heads as one dim, both sharded", heads, (array(16, 64, 8, 16),),
+    program("heads", "examples and heads as one dim, both sharded", heads, (array(16, 64, 8, 16),),
              (HEADS,), HEADS, pairs=True),
-    _program("windows", "windows of images, batch and rows sharded", windows,
+    program("windows", "windows of images, batch and rows sharded", windows,
              (array(32, 96), array(16, 32, 16, 32)), (P(), PARTS), PARTS, pairs=True),
-    _program("positions", "attention, positions sharded", positions,
+    program("positions", "attention, positions sharded", positions,
              (HEADS_8, array(2, 512, 256), array(2, 512, 256)),
              (everywhere(HEADS_8), COLUMNS, COLUMNS), everywhere(HEADS_8)),
-    _program("mixer", "layers along positions, which are sharded", mixer,
+    program("mixer", "layers along positions, which are sharded", mixer,
              (MIXERS, array(16, 512, 128), array(16, 512, 128)),
              (everywhere(MIXERS), COLUMNS, COLUMNS), everywhere(MIXERS)),
 )  # fmt: skip

@@ -237,7 +237,10 @@ def _in_turn(ctx: Local, operands: Sequence[Any], axis: int) -> Any:
         starts = [(count * s + (turn + s) % count) * block for s in sources]
         size = shards * count * block
         rounds.append(ctx.fetch(blocks, axis, axes, size, starts, block))
-    # Its part of operand t, from 0 on, came in round (group - t) modulo their number.
+    # Its part t, from 0 on, came in round (group - t) modulo their number.
+    if count == 2:
+        first = jnp.asarray(group)[ctx.index(axes)] == 0
+        return lax.concatenate([jnp.where(first, *rounds), jnp.where(first, *rounds[::-1])], axis)
     order = [rounds[-1 - t % count] for t in range(2 * count - 1)]
     first = [(count - 1 - g % count) * block for g in group]
     return cut(lax.concatenate(order, axis), pick(first, ctx.index(axes)), count * block, axis)

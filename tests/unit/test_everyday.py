@@ -8,10 +8,11 @@ import pytest
 
 from benchmarks.suite.case import RUNS, Case
 from benchmarks.suite.everyday import PROGRAMS
+from benchmarks.suite.fragments import PROGRAMS as FRAGMENTS
 from benchmarks.suite.planned import planned
 
 DEVICES = 8
-BY_NAME = {program.name: program for program in PROGRAMS}
+BY_NAME = {program.name: program for program in (*PROGRAMS, *FRAGMENTS)}
 
 
 def sent(name: str) -> tuple[Case, dict[str, float]]:
@@ -87,3 +88,34 @@ def test_fully_sharded_weights_are_gathered_at_most_twice(name: str) -> None:
     case, found = sent(name)
     weights = size(case.args[0]) * 7 / 8
     assert found["all_gather"] <= 2.2 * weights and sum(found.values()) <= 4 * weights
+
+
+# --- pieces of programs --------------------------------------------------------------------------
+
+
+def test_loops_over_examples_send_what_they_add_up() -> None:
+    assert sent("rows")[1] == {}
+    case, found = sent("examples")
+    assert found == {"all_reduce": 2 * size(case.args[0]) * 7 / 8}
+
+
+def test_chunks_of_queries_gather_keys_and_values() -> None:
+    """And scatter their gradients."""
+    case, found = sent("chunks")
+    once = size(case.args[1:]) * 7 / 8
+    assert found == {"all_gather": once, "reduce_scatter": once}
+
+
+def test_order_is_known_everywhere_at_once() -> None:
+    case, found = sent("ranks")
+    assert found == {"all_gather": size(case.args) * 7 / 8}
+
+
+def test_two_batches_are_joined_in_two_rounds() -> None:
+    case, found = sent("views")
+    assert found == {"permute": size(case.args) / DEVICES}
+
+
+def test_few_examples_come_to_the_weights() -> None:
+    """Nothing is exchanged between two layers."""
+    assert set(sent("autoencoder")[1]) == {"all_gather", "reduce_scatter"}

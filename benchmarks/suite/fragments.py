@@ -1,0 +1,124 @@
+"""Pieces of programs: what one line, or a few, make of sharded arguments.
+
+    python -m benchmarks.suite --target cpu --programs benchmarks.suite.fragments
+
+Loops over examples, sorts, lookups, layers of FSDP with few examples: each alone sends little, but
+is part of many a script.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from benchmarks.suite.case import array
+from benchmarks.suite.everyday import (
+    BOTH,
+    PARTS,
+    ROWS,
+    apply,
+    descend,
+    fsdp,
+    ints,
+    network,
+    program,
+)
+
+
+def rows(x: Any) -> Any:
+    return lax.map(lambda row: jnp.tanh(row) * 2, x)
+
+
+def examples(weights: Any, x: Any, y: Any) -> Any:
+    """Ridge regression by gradient descent, one example after the other."""
+
+    def loss(w: Any) -> Any:
+        return lax.map(lambda pair: jnp.sum((pair[0] @ w - pair[1]) ** 2), (x, y)).mean()
+
+    return descend(loss, weights)
+
+
+def chunks(q: Any, k: Any, v: Any) -> Any:
+    """Attention by chunks of 32 queries, and its gradient."""
+
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        made = lax.map(lambda c: jax.nn.softmax(c @ k.T) @ v, q.reshape(-1, 32, q.shape[-1]))
+        return (made.reshape(q.shape) ** 2).sum()
+
+    return jax.grad(attend, (0, 1, 2))(q, k, v)
+
+
+def medians(x: Any) -> Any:
+    return jnp.median(x, axis=-1), jnp.quantile(x, 0.9, axis=-1)
+
+
+def ranks(keys: Any) -> Any:
+    return jnp.argsort(jnp.argsort(keys))
+
+
+def shuffle(x: Any) -> Any:
+    return jax.random.permutation(jax.random.key(0), x)
+
+
+def views(x: Any, y: Any) -> Any:
+    """Two views of a batch, joined as contrastive losses do."""
+    return jnp.concatenate([x, y])
+
+
+def power(a: Any, v: Any) -> Any:
+    """Ten steps of a power iteration."""
+
+    def step(v: Any, _: Any) -> tuple[Any, None]:
+        v = a @ v
+        return v / jnp.linalg.norm(v), None
+
+    return lax.scan(step, v, None, length=10)[0]
+
+
+def factors(users: Any, items: Any, who: Any, what: Any, rating: Any) -> Any:
+    """A step of matrix factorisation; both tables and all ratings are sharded."""
+
+    def loss(tables: Any) -> Any:
+        left, right = tables[0][who], tables[1][what]
+        return ((left * right).sum(-1) - rating).mean() ** 2
+
+    return descend(loss, (users, items))
+
+
+def autoencoder(layers: Any, x: Any) -> Any:
+    """A variational one."""
+
+    def loss(layers: Any) -> Any:
+        mean, spread = jnp.split(apply(layers[0], x), 2, -1)
+        noise = jax.random.normal(jax.random.key(0), mean.shape)
+        made = apply(layers[1], mean + jnp.exp(spread / 2) * noise)
+        return jnp.mean((made - x) ** 2) + jnp.mean(mean**2 + jnp.exp(spread) - spread)
+
+    return descend(loss, layers)
+
+
+CODERS = [network(256, 512, 64), network(32, 512, 256)]
+QUERIES, TABLE = array(1024, 64), array(4096, 16)
+
+PROGRAMS = (
+    program("rows", "`jax.lax.map` over rows", rows, (array(64, 4096),), (ROWS,), ROWS),
+    program("examples", "a gradient, one example after the other", examples,
+            (array(64, 16), array(512, 64), array(512, 16)), (P(), *BOTH), P()),
+    program("chunks", "attention by chunks, positions sharded", chunks, (QUERIES,) * 3,
+            (ROWS,) * 3, (ROWS,) * 3),
+    program("medians", "of rows, both dims sharded", medians, (array(64, 4096),), (PARTS,), ROWS,
+            pairs=True),
+    program("ranks", "`argsort` of `argsort`", ranks, (ints(8192),), (ROWS,), ROWS, below=10**6),
+    program("shuffle", "rows in another order", shuffle, (array(8192, 16),), (ROWS,), ROWS),
+    program("views", "two batches joined", views, (array(8192, 16),) * 2, BOTH, ROWS),
+    program("power", "a power iteration, two axes", power, (array(1024, 1024), array(1024)),
+            (PARTS, ROWS), ROWS, pairs=True),
+    program("factors", "matrix factorisation", factors,
+            (TABLE, TABLE, ints(16384), ints(16384), array(16384)), (ROWS,) * 5, BOTH, below=4096),
+    program("autoencoder", "a variational one, FSDP, few examples", autoencoder,
+            (CODERS, array(128, 256)), (fsdp(CODERS), ROWS), fsdp(CODERS)),
+)  # fmt: skip
