@@ -5,7 +5,7 @@ A rule names the *factors* (iteration dims) of an equation and says which array 
 Propagation, partitioning, padding, cost and explanations all read this one declaration.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property, lru_cache
@@ -52,7 +52,7 @@ class Gathered(NamedTuple):
     remedy: str = ""
 
 
-def _nowhere(shards: Mapping[str, int]) -> Mapping[str, Gathered]:
+def _nowhere(shards: Mapping[str, int], free: Set[int] = frozenset()) -> Mapping[str, Gathered]:
     return {}
 
 
@@ -71,8 +71,8 @@ class Rule:
       local: what plain re-binding at local shapes cannot do.
       local_when: factors whose sharding calls for `local`; None: any of them.
       always: `local` is called whatever is sharded.
-      gathers: number of shards per sharded factor -> factors that are left whole then, because what
-        `local` exchanges would be more than gathering the operands.
+      gathers: (number of shards per sharded factor, operands that are whole anyway) -> factors that
+        are left whole then, because what `local` exchanges would be more than gathering the others.
       identity: the operand is the result: nothing is bound.
       alone: factor -> factors that must not be sharded with it. Such a factor comes first in dims
         of several: it stands for the whole dim, and is used where the others cannot express a
@@ -101,7 +101,7 @@ class Rule:
     local: Callable[..., Sequence[Any]] | None = None
     local_when: frozenset[str] | None = None
     always: bool = False
-    gathers: Callable[[Mapping[str, int]], Mapping[str, Gathered]] = _nowhere
+    gathers: Callable[..., Mapping[str, Gathered]] = _nowhere
     identity: bool = False
     alone: Mapping[str, frozenset[str]] = field(default_factory=dict)
     divided: frozenset[str] = frozenset()

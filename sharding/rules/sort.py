@@ -1,6 +1,6 @@
 """Sorting and selection along a sharded dim."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import lru_cache, partial
 from math import prod
 from typing import Any
@@ -40,7 +40,9 @@ def _sort(op: OpInfo) -> Rule:
     )  # fmt: skip
 
 
-def _sort_gathers(op: OpInfo, shards: Mapping[str, int]) -> Mapping[str, Gathered]:
+def _sort_gathers(
+    op: OpInfo, shards: Mapping[str, int], free: Set[int] = frozenset()
+) -> Mapping[str, Gathered]:
     """The sorted dim, where that sends less than the sorting network."""
     axis = op.params["dimension"]
     factor, size = f"d{axis}", op.in_avals[0].shape[axis]
@@ -48,8 +50,9 @@ def _sort_gathers(op: OpInfo, shards: Mapping[str, int]) -> Mapping[str, Gathere
         return {}
     count, index = shards[factor], _index_dtype(op, shards[factor])
     row = sum(a.dtype.itemsize for a in op.in_avals)
+    gathered = sum(a.dtype.itemsize for i, a in enumerate(op.in_avals) if i not in free)
     rounds, extra = len(network(count)), index.itemsize if index else 0
-    if rounds * (row + extra) <= (count - 1) * row:
+    if rounds * (row + extra) <= (count - 1) * gathered:
         return {}
     wire = rounds * -(-size // count) * (row + extra)
     kept = " that keep the order of equals" if extra else ""
@@ -174,7 +177,9 @@ def _top_k(op: OpInfo) -> Rule:
     )  # fmt: skip
 
 
-def _top_k_gathers(op: OpInfo, shards: Mapping[str, int]) -> Mapping[str, Gathered]:
+def _top_k_gathers(
+    op: OpInfo, shards: Mapping[str, int], free: Set[int] = frozenset()
+) -> Mapping[str, Gathered]:
     """The searched dim, where winners with their indices are more bytes than the shards."""
     aval, axis, k = op.in_avals[0], op.params["axis"], op.params["k"]
     factor, item = f"d{axis}", aval.dtype.itemsize

@@ -142,7 +142,7 @@ def _all_candidates(
         for combo in product(*options.choices(pruned)):
             assignment = _assemble(rule, axes, combo, options.order)
             carries = can_carry(rule, assignment.carried, operands, mixed) and _apart(assignment)
-            assignment = _without_gathered(rule, assignment, mesh)
+            assignment = _without_gathered(rule, assignment, operands, mesh)
             if carries and legal(rule, assignment.axes, mesh):
                 found = True
                 yield from (assignment, *options.swapped(assignment))
@@ -151,9 +151,12 @@ def _all_candidates(
     yield Assignment(())
 
 
-def _without_gathered(rule: Rule, assignment: Assignment, mesh: MeshShape) -> Assignment:
+def _without_gathered(
+    rule: Rule, assignment: Assignment, operands: Sequence[Tensor], mesh: MeshShape
+) -> Assignment:
     """Less the factors along which the operands are gathered rather than anything exchanged."""
-    whole = rule.gathers(shards_of(assignment, mesh))
+    free = frozenset(i for i, tensor in enumerate(operands) if tensor.anywhere)
+    whole = rule.gathers(shards_of(assignment, mesh), free)
     if not whole:
         return assignment
     return assignment._replace(factors=tuple(f for f in assignment.factors if f[0] not in whole))

@@ -6,6 +6,7 @@ from sharding.errors import GatherError, Problem
 from sharding.mesh import MeshShape, axes_size
 from sharding.program import Op, Value, describe
 from sharding.rule import Kind
+from spmd.partition.again import from_nothing
 from spmd.partition.plan import Diagnostic
 from spmd.partition.reshard import Plan, Step
 
@@ -44,9 +45,10 @@ def _preferred(
 ) -> Diagnostic | None:
     """Of a move that gathers a dim since what the operation would exchange is more."""
     place = next(i for i, v in enumerate(op.inputs) if v is value)
+    free = frozenset(i for i, v in enumerate(op.inputs) if from_nothing(v))
     for step in gathers:
         for name in op.rule.operands[place][step.dim]:
-            said = op.rule.gathers({name: axes_size(mesh, step.axes)}).get(name)
+            said = op.rule.gathers({name: axes_size(mesh, step.axes)}, free).get(name)
             if said is None:
                 continue
             text = (

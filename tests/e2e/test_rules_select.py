@@ -226,8 +226,12 @@ def test_sort_exchanges_blocks() -> None:
     x = arr(4096, dtype="int32", low=-999, high=999)
     made = check(lax.sort, (x,), make_mesh(y=8), (P("y"),), P("y"))
     assert moved(made) == {"permute": 6 * 512 * 4}
-    pair = check(jnp.argsort, (odd(4096),), make_mesh(y=2), (P("y"),), P("y"))
+    both, rows = (odd(4096), np.arange(4096, dtype=np.int32)), (P("y"),) * 2
+    pair = check(lambda *a: lax.sort(a), both, make_mesh(y=2), rows, rows)
     assert moved(pair) == {"permute": 2048 * (4 + 4)}
+    # Numbers of rows are known everywhere: to gather the keys is less than to exchange both.
+    order = check(jnp.argsort, (odd(4096),), make_mesh(y=2), (P("y"),), P("y"))
+    assert moved(order) == {"all_gather": 2048 * 4}
 
 
 def test_sort_gathers_where_the_order_of_equals_would_send_more() -> None:
