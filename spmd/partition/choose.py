@@ -155,7 +155,10 @@ def _without_gathered(
     rule: Rule, assignment: Assignment, operands: Sequence[Tensor], mesh: MeshShape
 ) -> Assignment:
     """Less the factors along which the operands are gathered rather than anything exchanged."""
-    free = frozenset(i for i, tensor in enumerate(operands) if tensor.anywhere)
+    free = frozenset(
+        i for i, tensor in enumerate(operands)
+        if tensor.anywhere or not all(layout.used for layout in tensor.layouts)
+    )  # fmt: skip
     whole = rule.gathers(shards_of(assignment, mesh), free)
     if not whole:
         return assignment

@@ -6,7 +6,6 @@ from sharding.errors import GatherError, Problem
 from sharding.mesh import MeshShape, axes_size
 from sharding.program import Op, Value, describe
 from sharding.rule import Kind
-from spmd.partition.again import from_nothing
 from spmd.partition.plan import Diagnostic
 from spmd.partition.reshard import Plan, Step
 
@@ -45,7 +44,7 @@ def _preferred(
 ) -> Diagnostic | None:
     """Of a move that gathers a dim since what the operation would exchange is more."""
     place = next(i for i, v in enumerate(op.inputs) if v is value)
-    free = frozenset(i for i, v in enumerate(op.inputs) if from_nothing(v))
+    free = frozenset(i for i, v in enumerate(op.inputs) if v is not value)
     for step in gathers:
         for name in op.rule.operands[place][step.dim]:
             said = op.rule.gathers({name: axes_size(mesh, step.axes)}, free).get(name)
