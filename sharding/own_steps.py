@@ -4,28 +4,49 @@ The dim itself is not propagated through a loop: whoever is inside sees one step
 of the propagated program, and what it says is put in place of the loop, see `program.build`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any
 
 from sharding.mesh import axes_size
-from sharding.op import Op
+from sharding.op import Op, Value
 from sharding.program import value_bytes
 from sharding.propagation import Propagated
+from sharding.spec import Sharding
 
 # What may be brought to all devices for it, of what the loop runs over and stacks: weights of a
 # whole model are not gathered for a few examples.
 MOST = 2
 
 
-def own_steps(propagated: Propagated) -> dict[int, Callable]:
-    """`id` of the equation of a loop -> what to put there."""
-    found: dict[int, Callable] = {}
+def own_steps(
+    propagated: Propagated, annotations: Sequence[tuple[Value, Sharding]], mesh: Any
+) -> list[tuple[Any, Callable]]:
+    """The equations of such loops, each with what to put there.
+
+    Args:
+      annotations: the user's, of which some may be inside of loops.
+      mesh: the `jax.sharding.Mesh` or `AbstractMesh`.
+    """
+    found: dict[int, tuple[Any, Callable]] = {}
+    stated = {v.id: sharding.layout.used for v, sharding in annotations}
     for op in propagated.program.ops():
         control = op.control
         in_parts = control.in_parts(op) if control is not None else None
         axes = _axes(propagated, op) if in_parts is not None else ()
-        if in_parts is not None and axes:
-            found[id(op.eqn)] = in_parts(propagated.mesh, axes)
-    return found
+        if in_parts is not None and axes and not _named(op, {*axes}, stated):
+            found[id(op.eqn)] = op.eqn, in_parts(mesh, axes)
+    return list(found.values())
+
+
+def _named(op: Op, axes: Set[str], stated: Mapping[int, Set[str]]) -> bool:
+    """Whether anything inside of a loop says axes by name: an annotation, or a `jax.shard_map`."""
+    for inner in (inner for region in op.regions for inner in region.walk()):
+        manual = inner.scope.manual
+        if manual is not None and axes & manual.axes:
+            return True
+        if any(axes & stated.get(v.id, frozenset()) for v in (*inner.inputs, *inner.outputs)):
+            return True
+    return False
 
 
 def _axes(propagated: Propagated, op: Op) -> tuple[str, ...]:

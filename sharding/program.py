@@ -28,12 +28,14 @@ class Program:
       body: the top-level region; its inputs and outputs are the flat arguments and results.
       values: every value, by id.
       closed: the closed jaxpr it was made from.
+      replaced: of how many equations something else is in their place.
     """
 
     body: Region
     values: list[Value]
     closed: Any
     effects: Any = field(default=())
+    replaced: int = 0
 
     def ops(self) -> Iterator[Op]:
         return self.body.walk()
@@ -81,29 +83,31 @@ class Program:
 
 def build(
     closed: Any, in_names: Sequence[str] = (), out_names: Sequence[str] = (),
-    instead: Mapping[int, Callable] | None = None,
+    instead: Sequence[tuple[Any, Callable]] = (),
 ) -> Program:  # fmt: skip
     """A Program from a closed jaxpr; names are those of the flat arguments and results.
 
     Args:
-      instead: `id` of an equation -> a JAX function of its operands and parameters to put there.
+      instead: equations, each with a JAX function of its operands and parameters to put there.
 
     Raises:
       ArgumentError: it changes mutable arrays outside of itself.
     """
     _check_refs(closed, in_names)
     closed = _jax.without_refs(closed)
-    builder = _Builder(instead or {})
+    builder = _Builder(instead)
     body = builder.region(closed, list(in_names), Scope())
     for value, name in zip(body.outputs, out_names, strict=False):
         if not value.name and value.const is None:
             value.name = name
-    return Program(body, builder.numbered(), closed, _jax.effects_of(closed.jaxpr))
+    effects = _jax.effects_of(closed.jaxpr)
+    return Program(body, builder.numbered(), closed, effects, len(builder.replaced))
 
 
 class _Builder:
-    def __init__(self, instead: Mapping[int, Callable]) -> None:
-        self.instead = instead
+    def __init__(self, instead: Sequence[tuple[Any, Callable]]) -> None:
+        self.instead = {id(eqn): fun for eqn, fun in instead}
+        self.replaced: set[int] = set()
         self.values: list[Value] = []
         self.count = 0
         self.merged: set[int] = set()  # indices of equations that others were merged with
@@ -187,6 +191,7 @@ class _Builder:
         """What replaces an equation: as registered; for one without a rule that other packages
         define, the JAX function that it is lowered as."""
         if id(eqn) in self.instead:
+            self.replaced.add(id(eqn))
             return Inline(None, function=self.instead[id(eqn)])
         if eqn.primitive in REGISTRY or (scope.manual is not None and scope.manual.full):
             return REGISTRY.inlined.get(eqn.primitive)

@@ -65,9 +65,9 @@ class Control:
       exclusive: one of the regions runs, not all of them.
       manual: params -> axes that become manual in the regions.
       trees: operands and results of `build` and of the regions may be pytrees.
-      in_parts: op -> (mesh, axes) -> a JAX function of its operands and parameters that does the
-        same, in which every device along the axes runs steps of its own; None where the steps of a
-        loop need one another.
+      in_parts: op -> (JAX mesh, axes) -> a JAX function of its operands and parameters that does
+        the same, in which every device along the axes runs steps of its own; None where the steps
+        of a loop need one another.
       enter: with manual axes, a primitive for the identity on each operand: what this equation
         demands of its layout is demanded of no other reader.
     """

@@ -123,16 +123,15 @@ class Rule:
 
     @cached_property
     def canonical(self) -> "Rule":
-        """The declaration without its functions, one object for all that are equal, as those of
-        repeated layers: what follows from it alone is worked out once. With a function that decides
-        what may be sharded it is its own."""
-        if self.gathers is not _nowhere:
-            return self
+        """The declaration without its other functions, one object for all that are equal, as those
+        of repeated layers: what follows from it alone is worked out once, and kept. So `gathers`
+        is equal to others, and holds on to no equation."""
         owned, alone = tuple(self.owned.items()), tuple(self.alone.items())
         keeps = tuple(self.keeps.items())
         return _canonical(
             self.operands, self.results, tuple(self.factors.items()), self.linear, alone, keeps,
             self.divided, owned, self.elementary, self.early, self.expands, self.flops,
+            self.gathers,
         )  # fmt: skip
 
     @cached_property
@@ -186,12 +185,13 @@ def _canonical(
     linear: tuple[tuple[int, ...], ...], alone: tuple[tuple[str, frozenset[str]], ...],
     keeps: tuple[tuple[str, str], ...], divided: frozenset[str],
     owned: tuple[tuple[str, tuple[int, int]], ...],
-    elementary: bool, early: bool, expands: bool, flops: int,
+    elementary: bool, early: bool, expands: bool, flops: int, gathers: Callable,
 ) -> Rule:  # fmt: skip
     return Rule(
         operands, results, dict(factors), linear, alone=dict(alone), keeps=dict(keeps),
         divided=divided,
         owned=dict(owned), elementary=elementary, early=early, expands=expands, flops=flops,
+        gathers=gathers,
     )  # fmt: skip
 
 

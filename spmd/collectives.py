@@ -9,6 +9,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from sharding import _jax
+from sharding.mesh import MeshShape
 from sharding.rule import REGISTRY
 from spmd import cost
 
@@ -110,3 +111,13 @@ def _axes(params: Mapping[str, Any]) -> tuple[str, ...]:
     axes = params.get("axes", params.get("axis_name", ()))
     axes = axes if isinstance(axes, (tuple, list)) else (axes,)
     return tuple(a for a in axes if not isinstance(a, int))  # a number is a dim of the operand
+
+
+def texts(found: tuple[Collective, ...], mesh: MeshShape) -> list[str]:
+    """A line for every kind and axes, with what of it goes over the network."""
+    lines = []
+    for c in summarize(found):
+        far = cost.network_bytes(c.kind, c.axes, c.bytes, mesh)
+        network = f", {far:,.0f} B of it over dcn" if far else ""
+        lines.append(f"  {c.kind}({'+'.join(c.axes)}) x{c.count} {c.bytes:,.0f} B{network}")
+    return lines

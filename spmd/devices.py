@@ -46,10 +46,13 @@ def under(mesh: Any) -> AbstractContextManager:
     """Makes `mesh` the current one for tracing; inside of a program for another number of devices
     that one's mesh stays, and the program is partitioned over it in the end."""
     abstract = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
+    return jax.sharding.use_abstract_mesh(abstract) if alone(mesh) else nullcontext()
+
+
+def alone(mesh: Any) -> bool:
+    """Whether no mesh of another number of devices is the current one."""
     current = jax.sharding.get_abstract_mesh()
-    if not current.empty and current.size != abstract.size:
-        return nullcontext()
-    return jax.sharding.use_abstract_mesh(abstract)
+    return current.empty or current.size == mesh.size
 
 
 def with_mesh(options: Options, leaves: Sequence[Any]) -> Options:

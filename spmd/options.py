@@ -8,6 +8,7 @@ import jax
 from jax.experimental.layout import Format
 from jax.sharding import PartitionSpec, Sharding
 
+from sharding._jax import jit as _jit
 from sharding.annotate import AxisRules, Spec
 from sharding.mesh import MeshShape
 
@@ -88,3 +89,13 @@ def sharding_of(entry: Any) -> Any:
 def _flat(tree: Any) -> tuple[Any, ...]:
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_entry)
     return tuple(leaves), structure
+
+
+def free_memory(entry: Any) -> bool:
+    """Whether what was given for an array says nothing of the kind of memory that it is in."""
+    return sharding_of(entry) is None or isinstance(sharding_of(entry), PartitionSpec)
+
+
+def memory(entry: Any) -> str | None:
+    """That kind of memory, where it is not the device's own."""
+    return _jit.special_memory(sharding_of(entry))

@@ -4,13 +4,13 @@ Frozen objects in the manner of `jax.stages`: each prints, and each makes the ne
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh
 
 import sharding.propagation
 from sharding._jax import jit as _jit
@@ -19,23 +19,23 @@ from sharding.errors import ShardingWarning
 from sharding.own_steps import own_steps
 from sharding.program import Program, Value, render
 from sharding.spec import Layout, Sharding
-from spmd import boundary, collectives, cost
+from spmd import boundary, collectives
 from spmd.annotations import Annotated
 from spmd.arguments import Arguments, output_names
 from spmd.caller import caller
-from spmd.collectives import Collective
 from spmd.compiled import Lowered
-from spmd.devices import automatic, under
+from spmd.devices import alone, automatic, under
 from spmd.explaining.inspection import Inspection
-from spmd.options import Options, sharding_of
+from spmd.options import Options, free_memory, memory
 from spmd.partition.diagnose import forbid_gathers
 from spmd.partition.findings import diagnose, forbid_waste, over_limit
 from spmd.partition.interpret import per_device
+from spmd.partition.moved import spent
 from spmd.partition.plan import Diagnostic, ProgramPlan
 from spmd.partition.verify import ENABLED, verify
 from spmd.planning import make_suited_plan, peak_bytes
 from spmd.reporting.stage import Reporting
-from spmd.target import compiler_options
+from spmd.target import compiler_options, traits
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Traced(Reporting):
     constants: Sequence[Any] = ()
     inputs: tuple[Value, ...] = ()
     source: Any = None
-    again: Callable[[Mapping[int, Callable]], "Traced"] | None = None
+    again: Callable[[Sequence[tuple[Any, Callable]]], "Traced"] | None = None
 
     @property
     def annotations(self) -> tuple[tuple[Value, Sharding], ...]:
@@ -127,10 +127,12 @@ class Traced(Reporting):
         """Infers the sharding of every value."""
         mesh = self.options.mesh_shape
         found = sharding.propagation.propagate(self.program, mesh, self.annotations)
-        if self.again is not None and self.options.on("own_steps") and not self.typed:
-            if instead := own_steps(found):
+        able = self.again is not None and not self.typed and alone(self.options.mesh)
+        if self.again is not None and able and self.options.on("own_steps"):
+            if instead := own_steps(found, self.annotations, automatic(self.options.mesh)):
                 # What such a loop stacks is sharded now, and another one may run over that.
-                return self.again(instead).propagate()
+                made = self.again(instead).propagate()
+                return replace(made, whole=Propagated(self, found))
         return Propagated(self, found)
 
     def lower(self, **how: Any) -> Lowered:
@@ -150,10 +152,12 @@ class Propagated(Inspection):
     Attributes:
       traced: the stage before.
       result: shardings and the history of every decision.
+      whole: the same program with its loops as they were, see `own_steps`; None: it is that.
     """
 
     traced: Traced
     result: sharding.propagation.Propagated
+    whole: "Propagated | None" = None
 
     @cached_property
     def _inputs(self) -> tuple[list[Layout], list[Diagnostic]]:
@@ -183,7 +187,7 @@ class Propagated(Inspection):
         entries, traced = self.traced.annotated.in_entries, self.traced
         own = (None,) * len(traced.captured) + traced.arguments.memories
         kinds = [
-            kind if _free_memory(entry) else _memory(entry)
+            kind if free_memory(entry) else memory(entry)
             for entry, kind in zip(entries, own, strict=True)
         ]
         return boundary.named(traced.options.mesh, self._inputs[0], kinds)
@@ -192,7 +196,7 @@ class Propagated(Inspection):
     def flat_out_shardings(self) -> list[Any]:
         values, entries = self.traced.program.body.outputs, self.traced.annotated.out_entries
         kinds = [
-            _jit.memory_of(v.aval) if _free_memory(entry) else _memory(entry)
+            _jit.memory_of(v.aval) if free_memory(entry) else memory(entry)
             for v, entry in zip(values, entries, strict=True)
         ]
         return boundary.named(self.traced.options.mesh, self._outputs[0], kinds)
@@ -227,12 +231,20 @@ class Propagated(Inspection):
             self.traced.out_info, self.out_shardings,
         )  # fmt: skip
 
+    @cached_property
+    def _plan(self) -> ProgramPlan:
+        return make_suited_plan(
+            self.result, self._inputs[0], self._outputs[0], self.traced.donated,
+            self.traced.options,
+        )  # fmt: skip
+
     def partition(self) -> "Partitioned":
         """Rewrites the program into a per-device one with explicit collectives."""
-        options = self.traced.options
-        plan = make_suited_plan(
-            self.result, self._inputs[0], self._outputs[0], self.traced.donated, options
-        )
+        options, plan = self.traced.options, self._plan
+        if self.whole is not None:
+            waits = traits(options).waits
+            if spent(self.whole._plan.body, waits) < spent(plan.body, waits):
+                return self.whole.partition()
         if ENABLED:
             verify(plan)
         if options.on_gather == "error":
@@ -374,26 +386,12 @@ class Partitioned(Inspection):
 
     def __str__(self) -> str:
         lines = [str(self.plan), "collectives"]
-        lines += [
-            f"  {c.kind}({'+'.join(c.axes)}) x{c.count} {c.bytes:,.0f} B{self._network_text(c)}"
-            for c in collectives.summarize(self.collectives)
-        ] or ["  none"]
+        lines += collectives.texts(self.collectives, self.plan.mesh) or ["  none"]
         if self.diagnostics:
             lines += ["diagnostics", *(f"  {d}" for d in self.diagnostics)]
         return "\n".join(lines)
-
-    def _network_text(self, c: Collective) -> str:
-        far = cost.network_bytes(c.kind, c.axes, c.bytes, self.plan.mesh)
-        return f", {far:,.0f} B of it over dcn" if far else ""
 
 
 def _weak(value: Value) -> bool:
     return getattr(value.aval, "weak_type", False)
 
-
-def _free_memory(entry: Any) -> bool:
-    return sharding_of(entry) is None or isinstance(sharding_of(entry), PartitionSpec)
-
-
-def _memory(entry: Any) -> str | None:
-    return _jit.special_memory(sharding_of(entry))

@@ -1,6 +1,6 @@
 """From a function and the arguments of one call to a `Traced` program."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -45,18 +45,21 @@ def trace(jitted: Any, arguments: Arguments, options: Options) -> Traced:
     ]
     out_names = output_names(found.out_tree)
 
-    def made(instead: Mapping[int, Callable]) -> Traced:
-        program = build(closed, [*names, *arguments.names], out_names, instead)
+    def made(instead: Sequence[tuple[Any, Callable]]) -> Traced:
+        with under(automatic(options.mesh)):
+            program = build(closed, [*names, *arguments.names], out_names, instead)
         inputs = program.body.inputs
         captured = _keep_small(program, constants)
         program.check_rules(options.fallback)
         annotated = resolve_all(program, arguments, found.out_tree, options, captured)
+        # What is traced anew each time is not found again, and would be asked for forever.
+        again = program.replaced == len(instead)
         return Traced(
             program, arguments, annotated, found.out_tree, options, captured, constants, inputs,
-            found, lambda more: made({**instead, **more}),
+            found, (lambda more: made([*instead, *more])) if again else None,
         )  # fmt: skip
 
-    return made({})
+    return made(())
 
 
 def _check_sizes(arguments: Arguments) -> None:

@@ -6,15 +6,15 @@ gathered.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from sharding import _jax
-from sharding.mesh import MeshShape, axes_size
 
 p = _jax.primitives
 
@@ -39,24 +39,30 @@ def scan_in_parts(op: Any) -> Callable[..., Callable] | None:
 
 
 def _only_added(readers: Mapping[int, Sequence[Any]], carry: Any, result: Any) -> bool:
-    """Whether the body only adds to a carry: nothing else reads it, before or after."""
+    """Whether the body only adds to a carry: nothing else reads it, before or after. What makes a
+    type weak or strong changes no number."""
     value = carry
     while len(found := readers.get(id(value), ())) == 1:
         (eqn,) = found
         if eqn is None:
             return value is result
-        if eqn.primitive not in (p.add_p, p.add_jaxvals_p):
+        if eqn.primitive not in (p.add_p, p.add_jaxvals_p) and not _same(eqn):
             return False
         (value,) = eqn.outvars
     return False
 
 
-def _in_parts(mesh: MeshShape, axes: Sequence[str]) -> Callable[..., Sequence[Any]]:
+def _same(eqn: Any) -> bool:
+    dtypes = [v.aval.dtype for v in (*eqn.invars, *eqn.outvars)]
+    return eqn.primitive is p.convert_element_type_p and len({*dtypes}) == 1
+
+
+def _in_parts(mesh: Any, axes: Sequence[str]) -> Callable[..., Sequence[Any]]:
     def run(*operands: Any, **params: Any) -> Sequence[Any]:
         consts, carry = _jax.scan_counts(params)
         whole, stacked = operands[: consts + carry], operands[consts + carry :]
         first = whole[consts:]
-        length = params["length"] // axes_size(mesh, tuple(axes))
+        length = params["length"] // prod(mesh.shape[axis] for axis in axes)
 
         def steps(*local: Any) -> Any:
             start = [lax.full(x.shape, 0, x.dtype) for x in first]
@@ -67,7 +73,7 @@ def _in_parts(mesh: MeshShape, axes: Sequence[str]) -> Callable[..., Sequence[An
         own, every = PartitionSpec(tuple(axes)), PartitionSpec()
         results = len(params["jaxpr"].out_avals)
         mapped = jax.shard_map(
-            steps, mesh=AbstractMesh(*zip(*((n, name) for name, n in mesh.axes), strict=True)),
+            steps, mesh=mesh,
             in_specs=(every,) * consts + (own,) * len(stacked),
             out_specs=(own,) * results,
             axis_names={*axes}, check_vma=False,

@@ -1,9 +1,9 @@
 """Sorting and selection along a sharded dim."""
 
 from collections.abc import Mapping, Sequence, Set
-from functools import lru_cache, partial
+from functools import lru_cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,41 +36,58 @@ def _sort(op: OpInfo) -> Rule:
     tensors = (tuple((d,) for d in dims),) * len(op.in_avals)
     return Rule(
         tensors, tensors, factors, local=_local_sort if alone else None,
-        local_when=frozenset({dims[axis]}), gathers=partial(_sort_gathers, op),
+        local_when=frozenset({dims[axis]}), gathers=_Sorted.of(op),
     )  # fmt: skip
 
 
-def _sort_gathers(
-    op: OpInfo, shards: Mapping[str, int], free: Set[int] = frozenset()
-) -> Mapping[str, Gathered]:
-    """The sorted dim, where that sends less than the sorting network."""
-    axis = op.params["dimension"]
-    factor, size = f"d{axis}", op.in_avals[0].shape[axis]
-    if factor not in shards or not size:
-        return {}
-    count, index = shards[factor], _index_dtype(op, shards[factor])
-    row = sum(a.dtype.itemsize for a in op.in_avals)
-    gathered = sum(a.dtype.itemsize for i, a in enumerate(op.in_avals) if i not in free)
-    rounds, extra = len(network(count)), index.itemsize if index else 0
-    if rounds * (row + extra) <= (count - 1) * gathered:
-        return {}
-    wire = rounds * -(-size // count) * (row + extra)
-    kept = " that keep the order of equals" if extra else ""
-    why = f"{rounds} exchanges of blocks{kept} would send {wire:,} B"
-    unstable = "sort with stable=False (is_stable=False of jax.lax.sort), which exchanges blocks"
-    return {factor: Gathered(why, unstable if extra and rounds < count else "")}
+class _Sorted(NamedTuple):
+    """The sorted dim is gathered, where that sends less than the sorting network.
 
-
-def _index_dtype(op: OpInfo, shards: int) -> Any:
-    """Of the global index, where it has to decide between elements that compare as equal; or None.
-
-    In a network of two, neighbours merge in order. In a larger one equal elements overtake each
-    other.
+    Attributes:
+      factor, size: of the sorted dim.
+      items: bytes per element of every operand.
+      ties: whether the order of elements that compare as equal has to be kept.
     """
-    if shards <= 2 or not op.params["is_stable"] or not _shows_ties(op):
-        return None
-    size = op.in_avals[0].shape[op.params["dimension"]]
-    return np.min_scalar_type(size + shards)  # shards end after the last element
+
+    factor: str
+    size: int
+    items: tuple[int, ...]
+    ties: bool
+
+    @staticmethod
+    def of(op: OpInfo) -> "_Sorted":
+        axis = op.params["dimension"]
+        items = tuple(a.dtype.itemsize for a in op.in_avals)
+        ties = bool(op.params["is_stable"]) and _shows_ties(op)
+        return _Sorted(f"d{axis}", op.in_avals[0].shape[axis], items, ties)
+
+    def __call__(
+        self, shards: Mapping[str, int], free: Set[int] = frozenset()
+    ) -> Mapping[str, Gathered]:
+        if self.factor not in shards or not self.size:
+            return {}
+        count = shards[self.factor]
+        index, row = self.index(count), sum(self.items)
+        gathered = sum(n for i, n in enumerate(self.items) if i not in free)
+        rounds, extra = len(network(count)), index.itemsize if index else 0
+        if rounds * (row + extra) <= (count - 1) * gathered:
+            return {}
+        wire = rounds * -(-self.size // count) * (row + extra)
+        kept = " that keep the order of equals" if extra else ""
+        why = f"{rounds} exchanges of blocks{kept} would send {wire:,} B"
+        remedy = "sort with stable=False (is_stable=False of jax.lax.sort), which exchanges blocks"
+        return {self.factor: Gathered(why, remedy if extra and rounds < count else "")}
+
+    def index(self, shards: int) -> Any:
+        """The dtype of the global index, where it has to decide between elements that compare as
+        equal; or None.
+
+        In a network of two, neighbours merge in order. In a larger one equal elements overtake each
+        other.
+        """
+        if shards <= 2 or not self.ties:
+            return None
+        return np.min_scalar_type(self.size + shards)  # shards end after the last element
 
 
 def _local_sort(ctx: Local, op: OpInfo, *xs: Any) -> Sequence[Any]:
@@ -79,7 +96,7 @@ def _local_sort(ctx: Local, op: OpInfo, *xs: Any) -> Sequence[Any]:
     factor = f"d{axis}"
     if not op.in_avals[0].shape[axis]:
         return xs
-    keys, dtype = op.params["num_keys"], _index_dtype(op, ctx.shards(factor))
+    keys, dtype = op.params["num_keys"], _Sorted.of(op).index(ctx.shards(factor))
     if dtype:
         index = lax.broadcasted_iota(jnp.int32, xs[0].shape, axis) + ctx.offset(factor)
         xs, keys = (*xs[:keys], index.astype(dtype), *xs[keys:]), keys + 1
@@ -173,19 +190,34 @@ def _top_k(op: OpInfo) -> Rule:
     rule = _selection(op, axis, Kind.PASS if few else Kind.FIXED)
     return Rule(
         rule.operands, rule.results, rule.factors, local=_local_top_k,
-        local_when=frozenset({f"d{axis}"}), gathers=partial(_top_k_gathers, op),
+        local_when=frozenset({f"d{axis}"}),
+        gathers=_Searched(f"d{axis}", op.in_avals[0].shape[axis], op.in_avals[0].dtype.itemsize, k),
     )  # fmt: skip
 
 
-def _top_k_gathers(
-    op: OpInfo, shards: Mapping[str, int], free: Set[int] = frozenset()
-) -> Mapping[str, Gathered]:
-    """The searched dim, where winners with their indices are more bytes than the shards."""
-    aval, axis, k = op.in_avals[0], op.params["axis"], op.params["k"]
-    factor, item = f"d{axis}", aval.dtype.itemsize
-    if factor not in shards or k * (item + 4) < -(-aval.shape[axis] // shards[factor]) * item:
-        return {}
-    return {factor: Gathered(f"{k} winners of each shard with their indices are no less")}
+class _Searched(NamedTuple):
+    """The searched dim is gathered, where winners with their indices are more bytes than the
+    shards.
+
+    Attributes:
+      factor, size: of the searched dim.
+      item: bytes per element.
+      k: winners.
+    """
+
+    factor: str
+    size: int
+    item: int
+    k: int
+
+    def __call__(
+        self, shards: Mapping[str, int], free: Set[int] = frozenset()
+    ) -> Mapping[str, Gathered]:
+        block = -(-self.size // shards.get(self.factor, 1))
+        if self.factor not in shards or self.k * (self.item + 4) < block * self.item:
+            return {}
+        why = f"{self.k} winners of each shard with their indices are no less"
+        return {self.factor: Gathered(why)}
 
 
 def _local_top_k(ctx: Local, op: OpInfo, x: Any) -> Sequence[Any]:

@@ -79,6 +79,11 @@ def moves(plan: ProgramPlan) -> bool:
     return any(told.kind == _KIND for told in plan.diagnostics)
 
 
+def spent(body: RegionPlan, waits: Mapping[str, float]) -> float:
+    """What a plan moves and multiplies, in bytes on a link."""
+    return sum(_spent(body, waits))
+
+
 def cheaper(moved: RegionPlan, other: RegionPlan, waits: Mapping[str, float]) -> bool:
     """Whether a plan with axes on other dims is better than the one without: it takes some of what
     that waits for, or multiplies, to be worth it, and it must not send much more.

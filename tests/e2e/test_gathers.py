@@ -99,3 +99,16 @@ def test_a_rule_that_gathers_in_silence_is_found() -> None:
     function = spmd.jit(lambda x: silent_p.bind(x), mesh=make_mesh(y=4), in_shardings=P("y"))
     with pytest.raises(VerificationError, match="silent gathers dim 0 of x"):
         function(arr(8))
+
+
+def test_rules_that_gather_are_one_for_all_that_are_alike() -> None:
+    """They are kept as long as what was decided with them, and hold on to no equation."""
+
+    def sort(scale: float) -> Any:
+        jitted = spmd.jit(lambda x: jnp.sort(x * scale), mesh=make_mesh(y=4), in_shardings=P("y"))
+        program = jitted.trace(arr(64)).program
+        return next(op.rule for op in program.ops() if op.primitive.name == "sort")
+
+    first, second = sort(1.0), sort(2.0)
+    assert first is not second and first.canonical is second.canonical is not first
+    assert first.canonical.local is None

@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 import spmd
-from sharding import P
+from sharding import P, shard
 from spmd.estimate.work import lines
 from tests.oracle import check, kinds, make_mesh
 
@@ -21,6 +21,12 @@ OFF = {"disable_passes": ["own_steps"]}
 
 def arr(*shape: int) -> np.ndarray:
     return (RNG.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+
+
+def in_parts(planned: spmd.Partitioned) -> bool:
+    """Whether some loop became a region over the axis `d`."""
+    maps = (op for op in planned.plan.program.ops() if op.primitive.name == "shard_map")
+    return any("d" in op.params["newly_manual_axes"] for op in maps)
 
 
 def work(planned: spmd.Partitioned) -> float:
@@ -82,6 +88,7 @@ INDEPENDENT: dict[str, Callable[[Any], Any]] = {
     "trees": lambda x: lax.map(lambda t: {"a": t[0] + t[1].sum()}, (x, {"b": x}["b"])),
     "keys": lambda x: lax.map(lambda k: jax.random.normal(k, (3,)), jax.random.split(
         jax.random.key(0), 64)) + x[:, :3],
+    "a weak type": lambda x: lax.scan(lambda c, r: (c + r.sum(), r * 2), 0.0, x),
     "with checkpoints": lambda x: jax.grad(lambda x: lax.map(jax.checkpoint(jnp.sin), x).sum())(x),
     "mapped over": lambda x: jax.vmap(lambda y: lax.map(jnp.cos, y), 1, 1)(x),
     "in a loop": lambda x: lax.fori_loop(0, 3, lambda i, x: lax.map(jnp.sin, x), x),
@@ -96,8 +103,7 @@ INDEPENDENT: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", INDEPENDENT)
 def test_what_steps_of_its_own_are(name: str, axes: Any) -> None:
     found = check(INDEPENDENT[name], (X,), make_mesh(d=4, e=2), (P(axes),))
-    sharded = {op.primitive.name for op in found.plan.program.ops()}
-    assert "shard_map" in sharded
+    assert in_parts(found)
     gathered = sum(wire for (kind, _), (_, wire) in kinds(found).items() if kind == "all_gather")
     assert gathered < X.nbytes * 3 / 4
 
@@ -123,13 +129,25 @@ DEPENDENT: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", DEPENDENT)
 def test_what_needs_the_steps_before_it_stays_one_loop(name: str) -> None:
     found = check(DEPENDENT[name], (X,), make_mesh(d=8), (ROWS,))
-    assert "shard_map" not in {op.primitive.name for op in found.plan.program.ops()}
+    assert not in_parts(found)
 
 
-def test_lengths_that_do_not_divide() -> None:
-    x = arr(62, 16)
-    found = check(mapped, (W, x), make_mesh(d=8), (P(), P(None, "d")))
-    assert "shard_map" not in {op.primitive.name for op in found.plan.program.ops()}
+@pytest.mark.parametrize("rows", [62, 4, 0])
+def test_lengths_that_do_not_divide(rows: int) -> None:
+    def fun(w: Any, x: Any) -> Any:
+        return mapped(w, shard(jnp.sin(x), "d", None))
+
+    found = check(fun, (W, arr(rows, 16)), make_mesh(d=8), None)
+    assert not in_parts(found)
+
+
+def test_axes_of_size_one_and_parts_of_axes() -> None:
+    assert not in_parts(check(mapped, (W, X), make_mesh(d=1), (P(), ROWS)))
+
+    def halves(x: Any) -> Any:  # of sixteen rows eight are the major dim, and four devices have two
+        return lax.map(jnp.sin, x.reshape(4, 4, -1))
+
+    check(halves, (arr(16, 4),), make_mesh(d=8), (ROWS,))
 
 
 def test_effects_happen_in_their_order() -> None:
@@ -150,7 +168,69 @@ def test_effects_happen_in_their_order() -> None:
 def test_weights_that_are_more_than_the_examples_are_not_gathered() -> None:
     w = arr(16, 512)
     found = check(mapped, (w, X[:16]), make_mesh(d=8), (P(None, "d"), ROWS), P(None, "d"))
-    assert "shard_map" not in {op.primitive.name for op in found.plan.program.ops()}
+    assert not in_parts(found)
+
+
+def outer(row: Any) -> Any:
+    return jnp.outer(row, row)
+
+
+DEARER = {
+    "results elsewhere": (lambda x: lax.map(outer, x), P(None, "d")),
+    "large sums": (lambda x: lax.scan(lambda c, r: (c + outer(r), None), jnp.zeros((64, 64)), x),
+                   P()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEARER)
+def test_loops_stay_whole_where_that_is_less(name: str) -> None:
+    fun, out = DEARER[name]
+    x, mesh = arr(64, 64), make_mesh(d=8)
+    found, off = (check(fun, (x,), mesh, (ROWS,), out, **how) for how in ({}, OFF))
+    assert not in_parts(found) and found.wire_bytes == off.wire_bytes
+
+
+def test_bodies_that_name_the_axis() -> None:
+    mesh, two = make_mesh(d=8), make_mesh(d=4, e=2)
+
+    def stated(axis: str) -> Callable[[Any], Any]:
+        return lambda x: lax.map(lambda row: shard(jnp.sin(row), axis), x)
+
+    def local(axis: str) -> Callable[[Any], Any]:
+        fun = jax.shard_map(lambda row: row + lax.axis_index(axis), mesh=two, in_specs=P(axis),
+                            out_specs=P(axis), axis_names={axis})  # fmt: skip
+        return lambda x: lax.map(fun, x)
+
+    assert not in_parts(check(stated("d"), (X,), mesh, (ROWS,)))
+    assert in_parts(check(stated("e"), (X,), two, (ROWS,)))
+    check(local("d"), (X,), two, (ROWS,))
+    assert in_parts(check(local("e"), (X,), two, (ROWS,)))
+
+
+def test_loops_that_are_traced_anew_each_time() -> None:
+    """A predicate for each example makes another body: its loop is another one every time."""
+
+    def fun(x: Any) -> Any:
+        def steps(n: Any) -> Any:
+            return lax.fori_loop(0, n, lambda i, s: lax.map(jnp.sin, s), x)
+
+        return jax.vmap(steps)(jnp.arange(3))
+
+    check(fun, (X,), make_mesh(d=8), (ROWS,))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_under_the_mesh_that_is_set(given: bool) -> None:
+    mesh = make_mesh(d=8)
+    how = {"mesh": mesh} if given else {}
+    with jax.set_mesh(mesh):
+        found = spmd.jit(mapped, in_shardings=(P(), ROWS), **how)(W, X)
+    np.testing.assert_allclose(found, jax.jit(mapped)(W, X), rtol=1e-5, atol=1e-6)
+
+
+def test_the_oracle_knows_them() -> None:
+    fun = spmd.jit(mapped, mesh=make_mesh(d=8), in_shardings=(P(), ROWS))
+    assert "give what they give unsharded" in str(spmd.check(fun, W, X))
 
 
 def test_inside_of_what_is_manual_it_is_left_alone() -> None:

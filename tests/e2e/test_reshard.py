@@ -189,6 +189,22 @@ def test_renaming_an_axis_of_the_same_size_is_one_permute() -> None:
     assert [s.kind for s in found.steps] == ["permute"]
 
 
+@pytest.mark.parametrize("sizes", [(2, 4), (4, 2)])
+@pytest.mark.parametrize("n", [64, 60, 7])
+def test_other_axes_of_other_sizes_go_by_small_shards(sizes: tuple[int, int], n: int) -> None:
+    """Cut finer, exchanged, and gathered as far as needed: less than to gather and to cut."""
+    mesh = MeshShape((("x", sizes[0]), ("y", sizes[1])))
+    src, dst = Layout((("x",),)), Layout((("y",),))
+    found = plan(src, dst, (n,), 4, mesh)
+    if n == 64:
+        assert [s.kind for s in found.steps] == ["slice", "permute", "all_gather"]
+        assert found.bytes == n * 4 / 8 + n * 4 / sizes[1] * (sizes[0] - 1) / sizes[0]
+    x = np.arange(1, n + 1, dtype=np.float32)
+    got = run(mesh, src, dst, x)
+    for device, want in enumerate(expected(x, src, dst, mesh)):
+        np.testing.assert_array_equal(got[device][: len(want)], want)
+
+
 @pytest.mark.parametrize("shape", [(7, 8), (8, 7), (7, 5), (5, 16)])
 def test_an_uneven_dim_is_trimmed_and_padded_by_all_to_all(shape: tuple[int, int]) -> None:
     mesh = MeshShape((("x", 2), ("y", 4)))
