@@ -37,6 +37,16 @@ class Program:
     effects: Any = field(default=())
     replaced: int = 0
 
+    def again(
+        self, make: Callable[[Sequence[Any]], Any], instead: Sequence[Any]
+    ) -> Callable[[Sequence[Any]], Any] | None:
+        """`make`, which made the program with functions in place of equations, with further ones.
+        None where some were not found: what is traced anew each time has other equations every
+        time, which would be asked for forever."""
+        if self.replaced < len(instead):
+            return None
+        return lambda more: make([*instead, *more])
+
     def ops(self) -> Iterator[Op]:
         return self.body.walk()
 

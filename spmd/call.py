@@ -12,13 +12,12 @@ from sharding._jax import calls
 from sharding._jax import jit as _jit
 from sharding.annotate import DimSpec, Spec, shard_p
 from sharding.program import build
-from sharding.propagation import propagate
 from sharding.rule import register_inline
 from sharding.stated import annotations_in
 from spmd import stages
 from spmd.annotations import Annotated
 from spmd.arguments import Arguments
-from spmd.devices import automatic
+from spmd.devices import automatic, under
 from spmd.options import Options
 
 
@@ -87,17 +86,21 @@ def _lower_call(closed: Any, params: dict[str, Any]) -> Callable:
     """Partitions the global program of a call that a transformation has finished with."""
     options: Options = params["options"]
     closed = _jax.dead_code_free(closed)
-    program = build(closed)
-    program.check_rules(options.fallback)
-    annotations = annotations_in(program, options.mesh_shape, options.axis_rules)
-    result = propagate(program, options.mesh_shape, annotations)
-    ins, outs = program.body.inputs, program.body.outputs
-    arguments = Arguments(tuple(v.aval for v in ins), None, tuple(map(str, ins)))
-    annotated = Annotated(
-        tuple(annotations), (None,) * len(outs), (None,) * len(ins), (None,) * len(outs)
-    )
-    traced = stages.Traced(program, arguments, annotated, None, options)
-    partitioned = stages.Propagated(traced, result).partition()
+
+    def made(instead: Sequence[Any]) -> stages.Traced:
+        with under(automatic(options.mesh)):
+            program = build(closed, instead=instead)
+        program.check_rules(options.fallback)
+        annotations = annotations_in(program, options.mesh_shape, options.axis_rules)
+        ins, outs = program.body.inputs, program.body.outputs
+        arguments = Arguments(tuple(v.aval for v in ins), None, tuple(map(str, ins)))
+        annotated = Annotated(
+            tuple(annotations), (None,) * len(outs), (None,) * len(ins), (None,) * len(outs)
+        )
+        return stages.Traced(program, arguments, annotated, None, options,
+                             again=program.again(made, instead))  # fmt: skip
+
+    partitioned = made(()).propagate().partition()
     partitioned.warn()
     return partitioned.sharded
 

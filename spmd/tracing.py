@@ -52,11 +52,9 @@ def trace(jitted: Any, arguments: Arguments, options: Options) -> Traced:
         captured = _keep_small(program, constants)
         program.check_rules(options.fallback)
         annotated = resolve_all(program, arguments, found.out_tree, options, captured)
-        # What is traced anew each time is not found again, and would be asked for forever.
-        again = program.replaced == len(instead)
         return Traced(
             program, arguments, annotated, found.out_tree, options, captured, constants, inputs,
-            found, (lambda more: made([*instead, *more])) if again else None,
+            found, program.again(made, instead),
         )  # fmt: skip
 
     return made(())

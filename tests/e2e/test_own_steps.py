@@ -228,6 +228,17 @@ def test_under_the_mesh_that_is_set(given: bool) -> None:
     np.testing.assert_allclose(found, jax.jit(mapped)(W, X), rtol=1e-5, atol=1e-6)
 
 
+def test_inside_of_other_transformations() -> None:
+    """The loop is part of another program, and partitioned with that."""
+    mesh = make_mesh(d=8)
+    fun = spmd.jit(mapped, mesh=mesh, in_shardings=(P(), ROWS), out_shardings=ROWS)
+    step = jax.jit(jax.grad(lambda w, x: (fun(w, x) ** 2).sum()))
+    want = jax.jit(jax.grad(lambda w, x: (mapped(w, x) ** 2).sum()))(W, X)
+    x = jax.device_put(X, jax.NamedSharding(mesh, ROWS))
+    np.testing.assert_allclose(step(W, x), want, rtol=1e-4, atol=1e-5)
+    assert "all-gather" not in step.lower(W, x).compile().as_text()
+
+
 def test_the_oracle_knows_them() -> None:
     fun = spmd.jit(mapped, mesh=make_mesh(d=8), in_shardings=(P(), ROWS))
     assert "give what they give unsharded" in str(spmd.check(fun, W, X))
