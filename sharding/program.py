@@ -28,14 +28,14 @@ class Program:
       body: the top-level region; its inputs and outputs are the flat arguments and results.
       values: every value, by id.
       closed: the closed jaxpr it was made from.
-      replaced: of how many equations something else is in their place.
+      replaced: the equations in whose place something else is.
     """
 
     body: Region
     values: list[Value]
     closed: Any
     effects: Any = field(default=())
-    replaced: int = 0
+    replaced: tuple[Any, ...] = ()
 
     def again(
         self, make: Callable[[Sequence[Any]], Any], instead: Sequence[Any]
@@ -43,7 +43,7 @@ class Program:
         """`make`, which made the program with functions in place of equations, with further ones.
         None where some were not found: what is traced anew each time has other equations every
         time, which would be asked for forever."""
-        if self.replaced < len(instead):
+        if len(self.replaced) < len(instead):
             return None
         return lambda more: make([*instead, *more])
 
@@ -111,13 +111,14 @@ def build(
         if not value.name and value.const is None:
             value.name = name
     effects = _jax.effects_of(closed.jaxpr)
-    return Program(body, builder.numbered(), closed, effects, len(builder.replaced))
+    replaced = tuple(builder.replaced.values())
+    return Program(body, builder.numbered(), closed, effects, replaced)
 
 
 class _Builder:
     def __init__(self, instead: Sequence[tuple[Any, Callable]]) -> None:
         self.instead = {id(eqn): fun for eqn, fun in instead}
-        self.replaced: set[int] = set()
+        self.replaced: dict[int, Any] = {}
         self.values: list[Value] = []
         self.count = 0
         self.merged: set[int] = set()  # indices of equations that others were merged with
@@ -201,7 +202,7 @@ class _Builder:
         """What replaces an equation: as registered; for one without a rule that other packages
         define, the JAX function that it is lowered as."""
         if id(eqn) in self.instead:
-            self.replaced.add(id(eqn))
+            self.replaced[id(eqn)] = eqn
             return Inline(None, function=self.instead[id(eqn)])
         if eqn.primitive in REGISTRY or (scope.manual is not None and scope.manual.full):
             return REGISTRY.inlined.get(eqn.primitive)

@@ -28,6 +28,7 @@ from spmd.devices import alone, automatic, under
 from spmd.explaining.inspection import Inspection
 from spmd.options import Options, free_memory, memory
 from spmd.partition.diagnose import forbid_gathers
+from spmd.partition.diagnose import own_steps as own_loops
 from spmd.partition.findings import diagnose, forbid_waste, over_limit
 from spmd.partition.interpret import per_device
 from spmd.partition.moved import spent
@@ -330,7 +331,8 @@ class Partitioned(Inspection):
     def diagnostics(self) -> tuple[Diagnostic, ...]:
         """What was done that the annotations did not say, and what they leave undone: the
         dearest first."""
-        found = (*self.propagated._inputs[1], *self.propagated._outputs[1], *self._over_limit)
+        found = (*self.propagated._inputs[1], *self.propagated._outputs[1], *self._over_limit,
+                 *own_loops(self.plan.program))  # fmt: skip
         return diagnose(self.propagated.result, self.plan, found)
 
     @cached_property

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+from sharding import _jax
 from sharding.errors import GatherError, Problem
 from sharding.mesh import MeshShape, axes_size
-from sharding.program import Op, Value, describe
+from sharding.program import Op, Program, Value, describe
 from sharding.rule import Kind
 from spmd.partition.plan import Diagnostic
 from spmd.partition.reshard import Plan, Step
@@ -57,6 +58,20 @@ def _preferred(
             remedy = said.remedy or _remedy(_free(op, place, name), value)
             return Diagnostic("gather", describe(value), text, step.bytes, op.source, remedy)
     return None
+
+
+def own_steps(program: Program) -> list[Diagnostic]:
+    """Of loops that run in parts, see `sharding.own_steps`."""
+    return [
+        Diagnostic(
+            "own steps", eqn.primitive.name,
+            "its steps need nothing of one another: every device runs those of its own rows, in a "
+            "shard_map", 0.0, _jax.source_of(eqn),
+            "disable_passes=['own_steps'] leaves it one loop, which every device runs whole",
+            stated=True,
+        )
+        for eqn in program.replaced
+    ]  # fmt: skip
 
 
 def _needs_whole(op: Op, operand: int, step: Step, mesh: MeshShape) -> bool:

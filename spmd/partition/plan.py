@@ -166,7 +166,8 @@ class Diagnostic:
       kind: boundary (uneven argument or result), gather (an operation needs a dim whole),
         replicated (a large value is whole everywhere), padded, reduced early (in each step of a
         loop), unused axis, conflict (two dims wanted one axis), over limit (of memory), moved (an
-        axis shards another dim for a part of the program: nothing to mend).
+        axis shards another dim for a part of the program: nothing to mend), own steps (a loop runs
+        in parts: the same).
       value: what it happened to, as its user knows it; an axis.
       text: what was done and what it costs.
       bytes: gather, reduced early, conflict: wire bytes per device and call; boundary: bytes held

@@ -47,6 +47,19 @@ def test_a_map_over_examples_sends_nothing() -> None:
     assert 8 * work(found) == work(off) == 2 * 64 * 16 * 16
 
 
+def test_the_diagnostic_says_so() -> None:
+    found = check(mapped, (W, X), make_mesh(d=8), (P(), ROWS), ROWS)
+    (told,) = found.diagnostics
+    assert (told.kind, told.value, told.bytes) == ("own steps", "scan", 0.0)
+    assert told.text == (
+        "its steps need nothing of one another: every device runs those of its own rows, in a "
+        "shard_map"
+    )
+    assert told.source.startswith("e2e/test_own_steps.py:")
+    assert told.remedy.startswith("disable_passes=['own_steps'] leaves it one loop")
+    spmd.jit(mapped, mesh=make_mesh(d=8), in_shardings=(P(), ROWS), strict=True)(W, X)
+
+
 def test_its_gradient_is_summed_once() -> None:
     """The loop back runs over what the loop forward has stacked."""
     step = jax.grad(lambda w, x: (mapped(w, x) ** 2).sum(), (0, 1))
