@@ -30,10 +30,11 @@ def own_steps(
     found: dict[int, tuple[Any, Callable]] = {}
     stated = {v.id: sharding.layout.used for v, sharding in annotations}
     for op in propagated.program.ops():
-        control = op.control
-        in_parts = control.in_parts(op) if control is not None else None
-        axes = _axes(propagated, op) if in_parts is not None else ()
-        if in_parts is not None and axes and not _named(op, {*axes}, stated):
+        axes = _axes(propagated, op) if op.control is not None else ()
+        if not axes or op.control is None or _named(op, {*axes}, stated):
+            continue
+        in_parts = op.control.in_parts(op)
+        if in_parts is not None:
             found[id(op.eqn)] = op.eqn, in_parts(mesh, axes)
     return list(found.values())
 

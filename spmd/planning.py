@@ -8,7 +8,7 @@ from sharding.propagation import Propagated
 from sharding.spec import Layout
 from spmd.estimate import liveness
 from spmd.options import Options
-from spmd.partition.moved import moves
+from spmd.partition.moved import moves, spent
 from spmd.partition.plan import ProgramPlan
 from spmd.partition.planner import make_plan
 from spmd.partition.saved import save_gathers, sent
@@ -83,6 +83,16 @@ class _Planning(NamedTuple):
                 found.append(regathered(each, order, self.ordered, limit))
         fits = [each for each, order in found if order.memory.peak <= limit]
         return min(fits, key=sent) if fits else min(found, key=lambda pair: pair[1].memory.peak)[0]
+
+
+def weight(
+    plan: ProgramPlan, donated: Sequence[bool], options: Options
+) -> tuple[int, float]:  # fmt: skip
+    """Of two plans the lesser is better: the bytes that are missing for it in `memory_limit`, and
+    what it moves and multiplies, in bytes on a link."""
+    limit = options.memory_limit
+    over = 0 if limit is None else max(peak_bytes(plan, donated, options) - limit, 0)
+    return over, spent(plan.body, traits(options).waits)
 
 
 def peak_bytes(plan: ProgramPlan, donated: Sequence[bool], options: Options) -> int:

@@ -31,12 +31,11 @@ from spmd.partition.diagnose import forbid_gathers
 from spmd.partition.diagnose import own_steps as own_loops
 from spmd.partition.findings import diagnose, forbid_waste, over_limit
 from spmd.partition.interpret import per_device
-from spmd.partition.moved import spent
 from spmd.partition.plan import Diagnostic, ProgramPlan
 from spmd.partition.verify import ENABLED, verify
-from spmd.planning import make_suited_plan, peak_bytes
+from spmd.planning import make_suited_plan, peak_bytes, weight
 from spmd.reporting.stage import Reporting
-from spmd.target import compiler_options, traits
+from spmd.target import compiler_options
 
 
 @dataclass(frozen=True)
@@ -128,13 +127,14 @@ class Traced(Reporting):
         """Infers the sharding of every value."""
         mesh = self.options.mesh_shape
         found = sharding.propagation.propagate(self.program, mesh, self.annotations)
-        able = self.again is not None and not self.typed and alone(self.options.mesh)
-        if self.again is not None and able and self.options.on("own_steps"):
-            if instead := own_steps(found, self.annotations, automatic(self.options.mesh)):
-                # What such a loop stacks is sharded now, and another one may run over that.
-                made = self.again(instead).propagate()
-                return replace(made, whole=Propagated(self, found))
-        return Propagated(self, found)
+        able = self.options.on("own_steps") and not self.typed and alone(self.options.mesh)
+        if self.again is None or not able:
+            return Propagated(self, found)
+        instead = own_steps(found, self.annotations, automatic(self.options.mesh))
+        if not instead:
+            return Propagated(self, found)
+        # What such a loop stacks is sharded now, and another one may run over that.
+        return replace(self.again(instead).propagate(), whole=Propagated(self, found))
 
     def lower(self, **how: Any) -> Lowered:
         """All stages up to StableHLO; with the options of `jax.stages.Traced.lower`."""
@@ -239,13 +239,15 @@ class Propagated(Inspection):
             self.traced.options,
         )  # fmt: skip
 
+    @property
+    def _weight(self) -> tuple[int, float]:
+        return weight(self._plan, self.traced.donated, self.traced.options)
+
     def partition(self) -> "Partitioned":
         """Rewrites the program into a per-device one with explicit collectives."""
         options, plan = self.traced.options, self._plan
-        if self.whole is not None:
-            waits = traits(options).waits
-            if spent(self.whole._plan.body, waits) < spent(plan.body, waits):
-                return self.whole.partition()
+        if self.whole is not None and self.whole._weight < self._weight:
+            return self.whole.partition()
         if ENABLED:
             verify(plan)
         if options.on_gather == "error":
@@ -396,4 +398,3 @@ class Partitioned(Inspection):
 
 def _weak(value: Value) -> bool:
     return getattr(value.aval, "weak_type", False)
-

@@ -7,7 +7,7 @@ from typing import Any
 from jax.sharding import AbstractMesh
 
 from sharding.errors import ArgumentError, Problem
-from spmd import chips
+from spmd import chips, cost
 from spmd.chips import EXCHANGES_AHEAD, Chip
 from spmd.cost import Traits
 from spmd.estimate.fusion import ANY, Compiler
@@ -81,7 +81,7 @@ def traits(options: Options) -> Traits:
     where XLA waits for those of others."""
     chip = _asked(options)
     if chip is None:
-        return Traits()
+        return cost.ANY
     in_streams = _SUMS if chip.gathers_alone and _in_parts(chip, options) else ()
     found = dict.fromkeys((*chip.overlaps, *in_streams), _AHEAD)
     copied = {"all_to_all": _EXCHANGED} if chip.family == "tpu" else {}

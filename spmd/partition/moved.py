@@ -80,7 +80,11 @@ def moves(plan: ProgramPlan) -> bool:
 
 
 def spent(body: RegionPlan, waits: Mapping[str, float]) -> float:
-    """What a plan moves and multiplies, in bytes on a link."""
+    """What a plan moves and multiplies, in bytes on a link.
+
+    Args:
+      waits: see `Traits`.
+    """
     return sum(_spent(body, waits))
 
 

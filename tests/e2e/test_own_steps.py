@@ -11,6 +11,7 @@ from jax import lax
 
 import spmd
 from sharding import P, shard
+from sharding.errors import ShardingWarning
 from spmd.estimate.work import lines
 from tests.oracle import check, kinds, make_mesh
 
@@ -201,6 +202,23 @@ def test_loops_stay_whole_where_that_is_less(name: str) -> None:
     x, mesh = arr(64, 64), make_mesh(d=8)
     found, off = (check(fun, (x,), mesh, (ROWS,), out, **how) for how in ({}, OFF))
     assert not in_parts(found) and found.wire_bytes == off.wire_bytes
+
+
+def test_loops_stay_whole_where_parts_do_not_fit() -> None:
+    """Weights are whole for the steps of its own; the loop as it was gathers examples, for more
+    bytes and less memory."""
+    args, places = (arr(64, 256), arr(256, 64)), (P(None, "d"), ROWS)
+
+    def planned(limit: int | None, **how: Any) -> spmd.Partitioned:
+        return check(mapped, args, make_mesh(d=8), places, ROWS, memory_limit=limit, **how)
+
+    own, whole = planned(None), planned(None, **OFF)
+    assert in_parts(own) and own.wire_bytes < whole.wire_bytes
+    assert whole.peak_memory < own.peak_memory
+    between = (whole.peak_memory + own.peak_memory) // 2
+    assert in_parts(planned(own.peak_memory)) and not in_parts(planned(between))
+    with pytest.warns(ShardingWarning):  # neither fits: the smaller
+        assert not in_parts(planned(whole.peak_memory - 1))
 
 
 def test_bodies_that_name_the_axis() -> None:
