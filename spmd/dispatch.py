@@ -90,7 +90,9 @@ def jit(
         "streams" (so that TPUs have half of a batch to compute while what they send of the other
         half is on its way), "transposed_sums" (so that they copy no weights into the order of their
         gradients), "keep_products" (what the CPU compiler needs in order to multiply matrices at
-        full speed), "saved_gathers", "regathers" and "bounded_schedule" (see `memory_limit`).
+        full speed), "combine_small" (small collectives of simulated devices go as one; they are
+        counted one by one), "saved_gathers", "regathers" and "bounded_schedule" (for these see
+        `memory_limit`).
       memory_limit: bytes that a device has for the program. While the predicted peak stays below,
         weights that loops over layers gather forward and again on the way back are gathered once;
         where it is above, "loop_invariants" and "loop_sums" are given up if that helps, and what is

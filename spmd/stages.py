@@ -35,7 +35,7 @@ from spmd.partition.plan import Diagnostic, ProgramPlan
 from spmd.partition.verify import ENABLED, verify
 from spmd.planning import make_suited_plan, peak_bytes, weight
 from spmd.reporting.stage import Reporting
-from spmd.target import compiler_options
+from spmd.target import combined, compiler_options
 
 
 @dataclass(frozen=True)
@@ -293,13 +293,15 @@ class Partitioned(Inspection):
     @cached_property
     def sharded(self) -> Callable[..., tuple[Any, ...]]:
         """A traceable function of flat *global* arrays: the per-device program in shard_map."""
-        ins = tuple(boundary.partition_spec(layout) for layout in self.plan.body.inputs)
-        outs = tuple(boundary.partition_spec(key.layout) for key in self.plan.body.outputs)
-        mesh = boundary.mapped_mesh(self.mesh, self.options.mesh, self.plan.program)
-        body = per_device(self.plan)
-        mapped = jax.shard_map(body, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
+        return self._mapped(combined(self.plan, self.options))
 
-        weak = list(map(_weak, self.plan.program.body.outputs))
+    def _mapped(self, plan: ProgramPlan) -> Callable[..., tuple[Any, ...]]:
+        ins = tuple(boundary.partition_spec(layout) for layout in plan.body.inputs)
+        outs = tuple(boundary.partition_spec(key.layout) for key in plan.body.outputs)
+        mesh = boundary.mapped_mesh(self.mesh, self.options.mesh, plan.program)
+        body = per_device(plan)
+        mapped = jax.shard_map(body, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
+        weak = list(map(_weak, plan.program.body.outputs))
 
         def run(*args: Any) -> tuple[Any, ...]:
             # Whatever mesh the caller has set, with whatever types of axes, the program's counts.
@@ -311,8 +313,8 @@ class Partitioned(Inspection):
 
     @cached_property
     def jaxpr(self) -> Any:
-        """The per-device program as a closed jaxpr of one shard_map."""
-        return jax.make_jaxpr(self.sharded)(*self._avals)
+        """The per-device program as a closed jaxpr of one shard_map, nothing combined."""
+        return jax.make_jaxpr(self._mapped(self.plan))(*self._avals)
 
     @cached_property
     def collectives(self) -> tuple[collectives.Collective, ...]:
@@ -331,8 +333,7 @@ class Partitioned(Inspection):
 
     @cached_property
     def diagnostics(self) -> tuple[Diagnostic, ...]:
-        """What was done that the annotations did not say, and what they leave undone: the
-        dearest first."""
+        """What was done that the annotations did not say, or leave undone: the dearest first."""
         found = (*self.propagated._inputs[1], *self.propagated._outputs[1], *self._over_limit,
                  *own_loops(self.plan.program))  # fmt: skip
         return diagnose(self.propagated.result, self.plan, found)
@@ -350,8 +351,7 @@ class Partitioned(Inspection):
         return [*map(_jit.abstractify, traced.captured), *traced.arguments.avals]
 
     def lower(self, **how: Any) -> Lowered:
-        """Lowers the per-device program to StableHLO for the devices of the mesh; with the options
-        of `jax.stages.Traced.lower`."""
+        """Lowers the per-device program to StableHLO; `how` as in `jax.stages.Traced.lower`."""
         names = [str(value) for value in self.plan.program.body.inputs]
         with uncollected():
             traced = jax.jit(self.sharded, **self.jit_options()).trace(*self._avals)
@@ -389,8 +389,8 @@ class Partitioned(Inspection):
             warnings.warn(str(diagnostic), ShardingWarning, stacklevel=level)
 
     def __str__(self) -> str:
-        lines = [str(self.plan), "collectives"]
-        lines += collectives.texts(self.collectives, self.plan.mesh) or ["  none"]
+        told = collectives.texts(self.collectives, self.plan.mesh) or ["  none"]
+        lines = [str(self.plan), "collectives", *told]
         if self.diagnostics:
             lines += ["diagnostics", *(f"  {d}" for d in self.diagnostics)]
         return "\n".join(lines)

@@ -14,6 +14,7 @@ from spmd.estimate.fusion import ANY, Compiler
 from spmd.estimate.tiles import COLUMNS
 from spmd.estimate.work import lines, totals
 from spmd.options import Options
+from spmd.partition.combined import combine_small
 from spmd.partition.plan import ProgramPlan
 from spmd.partition.products import keep_products
 from spmd.partition.scatters import by_rows, split_scatters
@@ -74,6 +75,14 @@ def suited(plan: ProgramPlan, options: Options) -> ProgramPlan:
         plan = in_streams(plan, chip)
     odd = chip.family == "tpu" and options.on("split_scatters")
     return by_rows(plan, chip) if odd else plan
+
+
+def combined(plan: ProgramPlan, options: Options) -> ProgramPlan:
+    """The plan with the collectives combined that the compiler for the mesh's chip does not combine
+    by itself: no matter of what is sent, so that nobody counts them so."""
+    chip = chip_of(options.mesh)
+    on = chip is not None and chip.family == "cpu" and options.on("combine_small")
+    return combine_small(plan) if on else plan
 
 
 def traits(options: Options) -> Traits:

@@ -165,26 +165,26 @@ def _spread(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> 
 
 def _slice(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:
     size = _local(step.after, step.dim, shape, mesh)
-    x = _pad_to(x, step.dim, size * axes_size(mesh, step.axes))
+    x = pad_to(x, step.dim, size * axes_size(mesh, step.axes))
     return cut(x, times(linear_index(step.axes, mesh), size), size, step.dim)
 
 
 def _all_gather(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:
     x = all_gather(x, step.axes, step.dim)
-    return _trim_to(x, step.dim, _local(step.after, step.dim, shape, mesh))
+    return trim_to(x, step.dim, _local(step.after, step.dim, shape, mesh))
 
 
 def _all_to_all(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:
     size = _local(step.after, step.to_dim, shape, mesh)
-    x = _pad_to(x, step.to_dim, size * axis_size(mesh, step.axes[0]))
-    axis, groups = _grouped(step.axes[0], mesh)
+    x = pad_to(x, step.to_dim, size * axis_size(mesh, step.axes[0]))
+    axis, groups = grouped(step.axes[0], mesh)
     x = lax.all_to_all(
         x, axis, step.to_dim, step.dim, axis_index_groups=groups, tiled=True
     )  # fmt: skip
-    return _trim_to(x, step.dim, _local(step.after, step.dim, shape, mesh))
+    return trim_to(x, step.dim, _local(step.after, step.dim, shape, mesh))
 
 
-def _grouped(ref: str, mesh: MeshShape) -> tuple[str, list[list[int]] | None]:
+def grouped(ref: str, mesh: MeshShape) -> tuple[str, list[list[int]] | None]:
     """An axis of the mesh, and the groups of devices along it where `ref` is a part of it."""
     if ref in mesh.names:
         return ref, None
@@ -195,7 +195,7 @@ def _grouped(ref: str, mesh: MeshShape) -> tuple[str, list[list[int]] | None]:
 
 def _reduce_scatter(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) -> Any:
     size = _local(step.after, step.dim, shape, mesh)
-    x = _pad_to(x, step.dim, size * axis_size(mesh, step.axes[0]))
+    x = pad_to(x, step.dim, size * axis_size(mesh, step.axes[0]))
     if jnp.issubdtype(x.dtype, jnp.complexfloating):  # TPU compilers scatter no complex numbers
         parts = _scattered(step, jnp.stack([lax.real(x), lax.imag(x)]), step.dim + 1)
         return lax.complex(parts[0], parts[1])
@@ -231,7 +231,7 @@ def _permute(step: Step, x: Any, before: Layout, shape: Any, mesh: MeshShape) ->
         tuple(refine_refs(mesh, fine, axes) for axes in layout.dims)
         for layout in (before, step.after)
     )
-    moved = {_grouped(a, mesh)[0] for a in step.axes}
+    moved = {grouped(a, mesh)[0] for a in step.axes}
     axes = tuple(a for a in mesh.names if a in moved)
     pairs = permutation(src, dst, refine_refs(mesh, fine, axes), fine)
     return lax.ppermute(x, axes, pairs)
@@ -274,7 +274,7 @@ def _local(layout: Layout, dim: int, shape: Sequence[int], mesh: MeshShape) -> i
     return -(-shape[dim] // axes_size(mesh, layout.dims[dim]))
 
 
-def _pad_to(x: Any, dim: int, size: int) -> Any:
+def pad_to(x: Any, dim: int, size: int) -> Any:
     """Padding at the end of `dim`; its content is never read."""
     if x.shape[dim] == size:
         return x
@@ -282,7 +282,7 @@ def _pad_to(x: Any, dim: int, size: int) -> Any:
     return lax.pad(x, jnp.zeros((), x.dtype), widths)
 
 
-def _trim_to(x: Any, dim: int, size: int) -> Any:
+def trim_to(x: Any, dim: int, size: int) -> Any:
     return x if x.shape[dim] == size else lax.slice_in_dim(x, 0, size, axis=dim)
 
 

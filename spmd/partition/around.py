@@ -100,6 +100,7 @@ class Surroundings:
         self._dims: dict[int, tuple[int, ...]] = {}
         self._nothing: dict[int, bool] = {}
         self._ways: dict[Hashable, Way] = {}
+        self._sizes: dict[int, tuple[Any, ...]] = {}  # of what equations read and make
 
     def dims(self, value: Value) -> tuple[int, ...]:
         """The dims of the program that those of a value are."""
@@ -119,7 +120,10 @@ class Surroundings:
     def way(self, op: Op, operands: Sequence[Layout], results: Sequence[Layout]) -> Way:
         """How an equation runs once where its operands lie so, and its results are wanted so;
         worked out once for all that are alike."""
-        sizes = tuple((v.shape, v.itemsize, self.of_nothing(v)) for v in (*op.inputs, *op.outputs))
+        sizes = self._sizes.get(op.index)
+        if sizes is None:
+            found = ((v.shape, v.itemsize, self.of_nothing(v)) for v in (*op.inputs, *op.outputs))
+            sizes = self._sizes[op.index] = (*found,)
         key = (op.rule.canonical, sizes, tuple(operands), tuple(results))
         found = self._ways.get(key)
         if found is None:

@@ -1,11 +1,9 @@
 """Minimum cuts of small graphs: the cheapest way to part what must stay together from the rest."""
 
 import math
-from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 
 Edge = tuple[Hashable, Hashable, float]
-_Left = dict[Hashable, dict[Hashable, float]]
 
 
 def source_side(edges: Iterable[Edge], source: Hashable, sink: Hashable) -> set[Hashable]:
@@ -17,70 +15,98 @@ def source_side(edges: Iterable[Edge], source: Hashable, sink: Hashable) -> set[
       edges: (from, to, capacity); a capacity of infinity is never cut. No path of such edges
         alone leads from the source to the sink.
     """
-    left: _Left = {source: {}, sink: {}}
-    for a, b, capacity in edges:
-        left.setdefault(a, {})
-        left[a][b] = left[a].get(b, 0.0) + capacity
-        left.setdefault(b, {}).setdefault(a, 0.0)
-    finite = [c for out in left.values() for c in out.values() if c < math.inf]
-    least = 1e-9 * max(finite, default=0.0)  # less is rounding
-    for at, capacity in list(left[source].items()):  # through one node alone
-        flow = min(capacity, left[at].get(sink, 0.0))
-        if flow > 0:
-            _send(left, (source, at, sink), flow)
+    graph = _Graph(edges, source, sink)
+    graph.send_by_one()
     while True:
-        steps = _reached(left, source, least)
-        if sink not in steps:
-            return set(steps)
-        _saturate(left, steps, source, sink, least)
+        steps = graph.reached()
+        if steps[_SINK] < 0:
+            return {node for node, at in graph.number.items() if steps[at] >= 0}
+        graph.saturate(steps)
 
 
-def _reached(left: _Left, source: Hashable, least: float) -> dict[Hashable, int]:
-    """Nodes that capacity is left to, each with its steps from the source."""
-    steps: dict[Hashable, int] = {source: 0}
-    queue = deque((source,))
-    while queue:
-        at = queue.popleft()
-        for to, capacity in left[at].items():
-            if capacity > least and to not in steps:
-                steps[to] = steps[at] + 1
-                queue.append(to)
-    return steps
+_SOURCE, _SINK = 0, 1
 
 
-def _saturate(
-    left: _Left, steps: dict[Hashable, int], source: Hashable, sink: Hashable, least: float
-) -> None:
-    """Sends along shortest paths until none has capacity left."""
-    ways = {at: list(left[at]) for at in steps}  # those that may lead on; the last is tried next
-    path = [source]
-    while path:
-        at = path[-1]
-        if at == sink:
-            flow = _send(left, path)
-            pairs = zip(path, path[1:], strict=False)
-            full = next(i for i, (a, b) in enumerate(pairs) if left[a][b] <= least)
-            assert flow < math.inf, "infinite edges lead from the source to the sink"
-            del path[full + 1 :]
-            continue
-        while ways[at]:
-            to = ways[at][-1]
-            if left[at][to] > least and steps.get(to) == steps[at] + 1:
-                path.append(to)
-                break
-            ways[at].pop()
-        else:
-            path.pop()
-            if path:
-                ways[path[-1]].pop()
+class _Graph:
+    """Nodes by number, the source first and then the sink, and what capacity is left.
 
+    Attributes:
+      number: of each node.
+      out: per node its edges, by the node that they lead to; every edge has one back, `edge ^ 1`.
+      ends, left: per edge where it leads to, and its capacity.
+    """
 
-def _send(left: _Left, path: Sequence[Hashable], flow: float | None = None) -> float:
-    """Sends what a path has capacity for, or `flow` of it."""
-    pairs = list(zip(path, path[1:], strict=False))
-    if flow is None:
-        flow = min(left[a][b] for a, b in pairs)
-    for a, b in pairs:
-        left[a][b] -= flow
-        left[b][a] += flow
-    return flow
+    def __init__(self, edges: Iterable[Edge], source: Hashable, sink: Hashable):
+        self.number: dict[Hashable, int] = {source: _SOURCE, sink: _SINK}
+        self.out: list[dict[int, int]] = [{}, {}]
+        self.ends: list[int] = []
+        self.left: list[float] = []
+        for a, b, capacity in edges:
+            i, j = self._numbered(a), self._numbered(b)
+            edge = self.out[i].get(j)
+            if edge is None:
+                edge = self.out[i][j] = len(self.ends)
+                self.out[j][i] = edge + 1
+                self.ends += (j, i)
+                self.left += (0.0, 0.0)
+            self.left[edge] += capacity
+        # Less is rounding.
+        self.least = 1e-9 * max((c for c in self.left if c < math.inf), default=0.0)
+
+    def _numbered(self, node: Hashable) -> int:
+        found = self.number.setdefault(node, len(self.out))
+        if found == len(self.out):
+            self.out.append({})
+        return found
+
+    def send_by_one(self) -> None:
+        """Sends what it can through one node alone."""
+        for at, edge in self.out[_SOURCE].items():
+            on = self.out[at].get(_SINK)
+            if on is not None and (flow := min(self.left[edge], self.left[on])) > 0:
+                self._send((edge, on), flow)
+
+    def reached(self) -> list[int]:
+        """Per node its steps from the source, -1 where no capacity is left to it."""
+        steps = [-1] * len(self.out)
+        steps[_SOURCE], left, least = 0, self.left, self.least
+        front, far = [_SOURCE], 0
+        while front:
+            far += 1
+            following = []
+            for at in front:
+                for to, edge in self.out[at].items():
+                    if steps[to] < 0 and left[edge] > least:
+                        steps[to] = far
+                        following.append(to)
+            front = following
+        return steps
+
+    def saturate(self, steps: Sequence[int]) -> None:
+        """Sends along shortest paths until none has capacity left."""
+        left, ends, least = self.left, self.ends, self.least
+        # Per node the edges that may lead on; the last is tried next.
+        ways = [[*out.values()] for out in self.out]
+        path: list[int] = []  # of edges
+        while True:
+            at = ends[path[-1]] if path else _SOURCE
+            if at == _SINK:
+                flow = min(left[edge] for edge in path)
+                assert flow < math.inf, "infinite edges lead from the source to the sink"
+                self._send(path, flow)
+                del path[next(i for i, edge in enumerate(path) if left[edge] <= least) :]
+                continue
+            further, tried = steps[at] + 1, ways[at]
+            while tried and not (left[tried[-1]] > least and steps[ends[tried[-1]]] == further):
+                tried.pop()
+            if tried:
+                path.append(tried[-1])
+            elif path:
+                ways[ends[path.pop() ^ 1]].pop()
+            else:
+                return
+
+    def _send(self, path: Iterable[int], flow: float) -> None:
+        for edge in path:
+            self.left[edge] -= flow
+            self.left[edge ^ 1] += flow

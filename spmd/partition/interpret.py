@@ -11,6 +11,7 @@ import numpy as np
 from sharding import _jax
 from sharding.mesh import MeshShape
 from sharding.program import Op, Value
+from spmd.partition.combined import groups, together
 from spmd.partition.local import LocalView
 from spmd.partition.parts import build_in_parts, in_parts, joined, moved
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
@@ -39,8 +40,9 @@ def _region(region: RegionPlan, args: Sequence[Any]) -> list[Any]:
 
     for value, layout, arg in zip(region.region.inputs, region.inputs, args, strict=True):
         env[Key(value, layout)] = arg
-    for instruction in region.code:
-        env.update(execute(instruction, mesh, read))
+    for group in groups(region.code):
+        one = len(group) == 1
+        env.update(execute(group[0], mesh, read) if one else _together(group, mesh, read))
     return [read(key) for key in region.outputs]
 
 
@@ -66,6 +68,16 @@ def execute(
     for key, x in zip(instruction.results, results, strict=True):
         check_local_shape(key, x, instruction, mesh)
     return list(zip(instruction.results, results, strict=True))
+
+
+def _together(
+    moves: Sequence[Move], mesh: MeshShape, read: Callable[[Key], Any]
+) -> list[tuple[Key, Any]]:
+    """What moves of one group make: see `combined`."""
+    with _at(moves[0].reason or moves[0].value.op):
+        operands = [jnp.asarray(joined(read(m.reads[0])), m.value.dtype) for m in moves]
+        made = together(moves, operands, mesh)
+    return [(move.writes[0], x) for move, x in zip(moves, made, strict=True)]
 
 
 def _compute(instruction: Compute, mesh: MeshShape, operands: Sequence[Any]) -> Sequence[Any]:

@@ -12,7 +12,7 @@ one with moved axes is kept where it costs clearly less than the one without (`m
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from sharding.program import Op
 from spmd.partition.around import Surroundings, as_tensors, lying, waited, work
@@ -34,8 +34,20 @@ TAKEN = "taken_dims"
 _KIND = "moved"  # of diagnostics
 
 
-def move_axes(planner: Any) -> list[Diagnostic]:
-    """Changes the layouts that are wanted; says so, an entry per axis.
+class Moved(NamedTuple):
+    """What the pass did.
+
+    Attributes:
+      told: an entry per axis.
+      taken: whether one came to a dim that it shards of another operand, see `TAKEN`.
+    """
+
+    told: tuple[Diagnostic, ...] = ()
+    taken: bool = False
+
+
+def move_axes(planner: Any) -> Moved:
+    """Changes the layouts that are wanted.
 
     Args:
       planner: `planner._Planner`.
@@ -43,11 +55,12 @@ def move_axes(planner: Any) -> list[Diagnostic]:
     contested = [(op, axis) for op in planner.propagated.program.ops()
                  for axis in _contested(planner, op)]  # fmt: skip
     if not contested:
-        return []
+        return Moved()
     around = Surroundings(planner)
     looks = LOOKS * (len(around.trips) + WINDOW)
     seen: set[tuple[int, str, int]] = set()  # equations that were part of a stretch
     moved: dict[str, tuple[Op, set[int]]] = {}
+    taken = False
     for op, axis in contested:
         others = around.others(op, axis, taken=planner.on(TAKEN))
         dims = [dim for dim in others if (op.index, axis, dim) not in seen]
@@ -57,11 +70,13 @@ def move_axes(planner: Any) -> list[Diagnostic]:
         seen |= {(i, axis, stretch.dim) for stretch in stretches for i in stretch.ops}
         best = max(stretches, key=lambda stretch: stretch.gain)
         if best.gain > 0:
+            taken = taken or best.dim not in around.others(op, axis, taken=False)
             moved.setdefault(axis, (op, set()))[1].update(best.move())
         looks -= sum(len(stretch.ops) for stretch in stretches)
         if looks < 0:
             break
-    return [_told(axis, first, len(places)) for axis, (first, places) in moved.items()]
+    told = (_told(axis, first, len(places)) for axis, (first, places) in moved.items())
+    return Moved((*told,), taken)
 
 
 def _told(axis: str, first: Op, count: int) -> Diagnostic:

@@ -81,6 +81,7 @@ class Move:
       copy: of the result, see `Key`.
       after: what has to be there before it starts.
       parts: of the value, each with collectives of its own; None: it is moved whole.
+      group: of moves next to each other that are one collective (see `combined`); 0: it is alone.
     """
 
     value: Value
@@ -91,6 +92,7 @@ class Move:
     copy: int = 0
     after: tuple[Key, ...] = ()
     parts: Parts | None = None
+    group: int = 0
 
     @property
     def reads(self) -> tuple[Key, ...]:

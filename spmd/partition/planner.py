@@ -18,7 +18,7 @@ from spmd.partition.broadcasts import late_broadcasts
 from spmd.partition.choose import Alternatives, alternatives
 from spmd.partition.flattened import follow_flattened
 from spmd.partition.gathers import shared
-from spmd.partition.moved import TAKEN, cheaper, move_axes, moves
+from spmd.partition.moved import TAKEN, Moved, cheaper, move_axes
 from spmd.partition.placed import expected
 from spmd.partition.plan import (
     Compute,
@@ -49,24 +49,26 @@ def make_plan(
       traits: of the chip and its compiler.
     """
 
-    def planned(*off: str) -> ProgramPlan:
+    def planned(*off: str) -> tuple[ProgramPlan, Moved]:
         planner = partial(_Planner, propagated, without=(*without, *off), traits=traits)
         return _planned(planner, propagated, in_layouts, out_layouts, assumed or {})
 
-    found = planned()
-    if moves(found):
-        other = planned("moved_axes")
-        if not cheaper(found.body, other.body, traits.waits):
-            found = planned(TAKEN)
-            found = found if cheaper(found.body, other.body, traits.waits) else other
+    found, moved = planned()
+    if moved.told:
+        other, _ = planned("moved_axes")
+        better = cheaper(found.body, other.body, traits.waits)
+        if not better and moved.taken:
+            found, _ = planned(TAKEN)
+            better = cheaper(found.body, other.body, traits.waits)
+        found = found if better else other
     return found if "late_broadcasts" in without else late_broadcasts(found)
 
 
 def _planned(
     make: "Callable[..., _Planner]", propagated: Propagated, in_layouts: Sequence[Layout],
     out_layouts: Sequence[Layout], assumed: Mapping[int, Layout],
-) -> ProgramPlan:  # fmt: skip
-    """The plan, on a mesh as fine as it takes.
+) -> tuple[ProgramPlan, Moved]:  # fmt: skip
+    """The plan, on a mesh as fine as it takes, and what `moved_axes` did for it.
 
     Args:
       make: of a mesh, what is wanted on it.
@@ -82,7 +84,8 @@ def _planned(
         body = planner.region(propagated.program.body, mesh, ins, outs)
         more = _sub_axes(body)
         if not more:
-            return ProgramPlan(propagated.program, mesh, body, tuple(planner.diagnostics))
+            told = (*planner.moved.told, *planner.diagnostics)
+            return ProgramPlan(propagated.program, mesh, body, told), planner.moved
         assert not more <= refs, f"parts of axes that are no parts of one another: {sorted(more)}"
         refs |= more
 
@@ -119,8 +122,7 @@ class _Planner:
         # Layouts in which values leave their regions, where they lie otherwise outside.
         self.leave: dict[int, Layout] = {}
         follow_flattened(self)
-        if self.on("moved_axes"):
-            self.diagnostics += move_axes(self)
+        self.moved = move_axes(self) if self.on("moved_axes") else Moved()
 
     def on(self, name: str) -> bool:
         """Whether a pass is on."""

@@ -164,7 +164,8 @@ class Stretch:
         for i, op in self.ops.items():
             node, movable = ("op", i), self._movable(op)
             for there in (False, True)[: 1 + movable]:
-                ins, outs = ([self._at(v, there) for v in vs] for vs in (op.inputs, op.outputs))
+                ins = [self._at(v, there) for v in op.inputs]
+                outs = [self._at(v, there) for v in op.outputs]
                 way = self.around.way(op, ins, outs)
                 price = self.around.trips[i] * way.cost
                 yield (node, _SINK, price) if there else (_SOURCE, node, price)

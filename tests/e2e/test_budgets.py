@@ -31,16 +31,22 @@ ROOT = pathlib.Path(__file__).parents[2]
     "mesh", [{"data": 2, "tensor": 4}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str
 )
 def test_our_program_and_the_compiled_one_send_the_same_bytes(parallelism, mesh):
-    """By kind and axes, in number and to the byte. XLA combines all-reduces, and one of several
-    operands counts as several. It merges equal instructions too: of 2d over data=2, tensor=4 one
-    all-gather of 1,024 B, which the plan makes twice."""
+    """By kind and axes, in number and to the byte, unless small ones are combined. XLA combines
+    all-reduces, and one of several operands counts as several. It merges equal instructions too: of
+    2d over data=2, tensor=4 one all-gather of 1,024 B, which the plan makes twice."""
     params, tokens, _ = problem(CONFIG)
-    step = spmd.jit(
-        jax.value_and_grad(functools.partial(loss_of, CONFIG)), mesh=make_mesh(**mesh),
-        axis_rules=rules_for(parallelism, mesh),
-    )  # fmt: skip
-    partitioned = step.trace(params, tokens).propagate().partition()
+
+    def planned(*off: str) -> spmd.Partitioned:
+        step = spmd.jit(
+            jax.value_and_grad(functools.partial(loss_of, CONFIG)), mesh=make_mesh(**mesh),
+            axis_rules=rules_for(parallelism, mesh), disable_passes=off,
+        )  # fmt: skip
+        return step.trace(params, tokens).propagate().partition()
+
+    partitioned = planned("combine_small")
     compiled = partitioned.lower().compile()
+    combined = collectives_of(planned().lower().compile(), source="hlo")
+    assert_wire_bytes(compiled, exactly=sum(c.bytes for c in combined), source="hlo")
     ours = {c[:2]: c[2:4] for c in summarize(collectives_of(partitioned))}
     theirs = {c[:2]: c[2:4] for c in summarize(collectives_of(compiled, source="hlo"))}
     if parallelism == "2d" and mesh == {"data": 2, "tensor": 4}:
