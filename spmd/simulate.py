@@ -27,8 +27,9 @@ _COUNT_FLAG = "--xla_force_host_platform_device_count"
 def simulate(devices: int, nodes: int = 1) -> bool:
     """Makes JAX see `devices` CPU devices, unless the machine has real accelerators.
 
-    Sets `XLA_FLAGS` (the number of host devices), `NPROC` (the size of XLA's thread pools)
-    and `JAX_PLATFORMS=cpu`. Values the user already set win, except an `NPROC` that is too small.
+    Sets `XLA_FLAGS` (the number of host devices), `NPROC` (the size of XLA's thread pools),
+    `OPENBLAS_NUM_THREADS=1` (LAPACK, for every device) and `JAX_PLATFORMS=cpu`. Values the user
+    already set win, except an `NPROC` that is too small.
     `SPMD_NODES` says that the devices stand for several nodes with a slow network between them;
     mesh axes that cross it are told apart by plans and reports.
 
@@ -60,6 +61,8 @@ def simulate(devices: int, nodes: int = 1) -> bool:
     # A collective blocks one pool thread per device. With fewer than two per device, queued
     # programs can take every thread while each waits for a partner that has none: a deadlock.
     os.environ["NPROC"] = str(max(2 * count, 16, _integer(os.environ.get("NPROC"))))
+    # LAPACK runs on all devices at once: threads of its own for each wait for one another.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if nodes > 1 or "SPMD_NODES" not in os.environ:
         os.environ["SPMD_NODES"] = str(nodes)
