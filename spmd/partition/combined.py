@@ -35,13 +35,19 @@ def combine_small(plan: ProgramPlan) -> ProgramPlan:
 
 
 def _region(body: RegionPlan) -> RegionPlan:
-    code = tuple(
-        replace(i, regions=tuple(map(_region, i.regions))) if isinstance(i, Compute) else i
-        for i in body.code
-    )
+    code = body.code
+    if any(isinstance(each, Compute) and each.regions for each in code):
+        code = tuple(map(_inside, code))
     before = _before(code)
     found = _grouped(code, before)
     return replace(body, code=tuple(_ordered(code, before, found) if found else code))
+
+
+def _inside(instruction: Move | Compute) -> Move | Compute:
+    """The instruction with small collectives of its regions combined."""
+    if isinstance(instruction, Move) or not instruction.regions:
+        return instruction
+    return replace(instruction, regions=tuple(map(_region, instruction.regions)))
 
 
 def _before(code: Sequence[Move | Compute]) -> list[set[int]]:

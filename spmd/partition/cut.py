@@ -42,6 +42,8 @@ class _Graph:
         self.ends: list[int] = []
         self.left: list[float] = []
         for a, b, capacity in edges:
+            if not capacity:
+                continue
             i, j = self._numbered(a), self._numbered(b)
             edge = self.out[i].get(j)
             if edge is None:
