@@ -7,7 +7,7 @@ and GPUs combine gathers and sums by themselves; that for CPUs all-reduces alone
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from heapq import heappop, heappush
 from itertools import count, groupby
@@ -31,23 +31,41 @@ _SMALL, _MOST = 1 << 16, 1 << 18
 
 def combine_small(plan: ProgramPlan) -> ProgramPlan:
     """The plan with small collectives next to those that they are sent with."""
-    return replace(plan, body=_region(plan.body))
+    return replace(plan, body=_region(plan.body, {}, 0))
 
 
-def _region(body: RegionPlan) -> RegionPlan:
-    code = body.code
-    if any(isinstance(each, Compute) and each.regions for each in code):
-        code = tuple(map(_inside, code))
+def _region(body: RegionPlan, levels: dict[int, int], loops: int) -> RegionPlan:
+    """The region with small collectives next to each other.
+
+    Args:
+      levels: in how many loops values change, by id, those of the region's inputs. Others are 0.
+        What changes in fewer is not sent with the rest: compilers bring it out of the loop.
+      loops: that the region is in.
+    """
+    code = []
+    for each in body.code:
+        level = max((levels.get(key.value.id, 0) for key in each.reads), default=0)
+        if isinstance(each, Compute) and each.regions:
+            each = _inside(each, levels, loops)
+        levels.update((key.value.id, level) for key in each.writes)
+        code.append(each)
     before = _before(code)
-    found = _grouped(code, before)
+    found = _grouped(code, before, levels)
     return replace(body, code=tuple(_ordered(code, before, found) if found else code))
 
 
-def _inside(instruction: Move | Compute) -> Move | Compute:
-    """The instruction with small collectives of its regions combined."""
-    if isinstance(instruction, Move) or not instruction.regions:
-        return instruction
-    return replace(instruction, regions=tuple(map(_region, instruction.regions)))
+def _inside(one: Compute, levels: dict[int, int], loops: int) -> Compute:
+    """The equation with small collectives of its regions combined."""
+    control = one.op.control
+    assert control is not None
+    carried = {(region, into) for region, _, into in control.carries(one.op)}
+    loops += bool(carried or control.counted)
+    for port in one.op.in_ports:
+        value = one.regions[port.region].region.inputs[port.inner]
+        changes = port.stacked or (port.region, port.inner) in carried
+        outside = levels.get(one.operands[port.outer].value.id, 0)
+        levels[value.id] = loops if changes else outside
+    return replace(one, regions=tuple(_region(region, levels, loops) for region in one.regions))
 
 
 def _before(code: Sequence[Move | Compute]) -> list[set[int]]:
@@ -66,7 +84,9 @@ def _before(code: Sequence[Move | Compute]) -> list[set[int]]:
     return before
 
 
-def _grouped(code: Sequence[Move | Compute], before: Sequence[set[int]]) -> list[list[int]]:
+def _grouped(
+    code: Sequence[Move | Compute], before: Sequence[set[int]], levels: Mapping[int, int]
+) -> list[list[int]]:
     """Places of moves that go as one. None of them needs another: as many small collectives lie on
     the longest way to each."""
     kinds = [_kind(each) if isinstance(each, Move) else None for each in code]
@@ -79,7 +99,7 @@ def _grouped(code: Sequence[Move | Compute], before: Sequence[set[int]]) -> list
         if kind is None:
             continue
         assert isinstance(each, Move)
-        key, size = (kind, depths[i]), each.plan.steps[0].bytes
+        key, size = (kind, depths[i], levels.get(each.value.id, 0)), each.plan.steps[0].bytes
         if key not in last or sizes[key] + size > _MOST:
             last[key], sizes[key] = [], 0.0
             found.append(last[key])

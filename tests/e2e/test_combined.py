@@ -21,6 +21,7 @@ from spmd.partition.apply import apply
 from spmd.partition.combined import combine_small, together
 from spmd.partition.plan import Compute, Move, Parts, ProgramPlan, RegionPlan, rewritten
 from spmd.partition.reshard import Plan, plan
+from spmd.testing import collectives_of
 from tests.oracle import check, kinds, make_mesh
 
 RNG = np.random.default_rng(0)
@@ -73,6 +74,27 @@ def test_in_each_step_of_a_loop() -> None:
     planned = check(fun, (first, second, x), make_mesh(d=8), (spec, spec, ROWS), ROWS)
     assert kinds(planned)["all_gather", ("d",)][0] == 6
     assert emitted(planned) == {"all_gather": 1}
+
+
+def test_not_what_stays_the_same_in_a_loop_with_what_changes() -> None:
+    """XLA gathers the masses of bodies once, before the loop: not so with their places."""
+    places, masses = arr(64, 3) / 64, arr(64)
+
+    def fun(places: Any, masses: Any) -> Any:
+        def step(x: Any, _: Any) -> tuple[Any, None]:
+            apart = x[None] - x[:, None]
+            pull = apart * (masses[None, :, None] / ((apart**2).sum(-1, keepdims=True) + 1))
+            return x + pull.sum(1) / 64, None
+
+        return jax.lax.scan(step, places, length=4)[0]
+
+    sent = []
+    for off in ((), ("combine_small",)):
+        planned = check(fun, (places, masses), make_mesh(d=8), (ROWS, ROWS), ROWS,
+                        disable_passes=off)  # fmt: skip
+        assert emitted(planned) == {"all_gather": 2}
+        sent.append(sum(c.bytes for c in collectives_of(planned.lower().compile(), source="hlo")))
+    assert sent == [(4 * places.nbytes + masses.nbytes) * 7 / 8] * 2
 
 
 def transposed(*xs: Any) -> list[Any]:
