@@ -58,12 +58,18 @@ class Way(NamedTuple):
     """How an equation runs.
 
     Attributes:
-      cost: its work, and what brings its results to where they are wanted.
+      work: of a product, in bytes on a link.
+      brought: what brings its results to where they are wanted.
       needs: layouts of its operands.
     """
 
-    cost: float
+    work: float
+    brought: float
     needs: tuple[Layout, ...]
+
+    @property
+    def cost(self) -> float:
+        return self.work + self.brought
 
 
 class Flow(NamedTuple):
@@ -133,11 +139,17 @@ class Surroundings:
     def _way(self, op: Op, operands: Sequence[Layout], results: Sequence[Layout]) -> Way:
         ins, outs = as_tensors(op.inputs, operands), as_tensors(op.outputs, results)
         assignment, _ = costs(op.rule, ins, outs, self.mesh)
-        total = work(op.rule, assignment, self.mesh)
-        made = makes(op.rule, assignment, self.mesh)
-        for value, layout, wanted in zip(op.outputs, made, results, strict=True):
-            total += self.moving(layout, wanted, value)
-        return Way(total, needs(op.rule, assignment, ins, self.mesh))
+        made = zip(makes(op.rule, assignment, self.mesh), results, op.outputs, strict=True)
+        brought = sum(self.moving(layout, wanted, value) for layout, wanted, value in made)
+        works = work(op.rule, assignment, self.mesh)
+        return Way(works, brought, needs(op.rule, assignment, ins, self.mesh))
+
+    def sent(self, op: Op) -> float:
+        """What all runs of an equation send of its operands and results, as they are wanted."""
+        layouts = [lying(self.planner, v) for v in op.inputs]
+        way = self.way(op, layouts, [self.planner.wanted(v) for v in op.outputs])
+        reads = zip(layouts, way.needs, op.inputs, strict=True)
+        return self.trips[op.index] * (way.brought + sum(self.moving(*read) for read in reads))
 
     def moving(self, src: Layout, dst: Layout, value: Value) -> float:
         """What it costs to bring a value from one layout to another."""

@@ -23,6 +23,8 @@ from spmd.partition.stretch import WINDOW, Stretch
 
 # What a program has to save, as a part of what it sends; and what it may send for less work.
 WORTH, MOST = 0.2, 1.5
+# What an equation sends, as a part of what any does, for a stretch to begin there.
+LEAST = 1 / 64
 # Equations that are looked at, for each of the program: many starts may see the same ones.
 LOOKS = 16
 
@@ -57,11 +59,15 @@ def move_axes(planner: Any) -> Moved:
     if not contested:
         return Moved()
     around = Surroundings(planner)
+    sent = {op.index: around.sent(op) for op, _ in contested}
+    most = max(sent.values())
     looks = LOOKS * (len(around.trips) + WINDOW)
     seen: set[tuple[int, str, int]] = set()  # equations that were part of a stretch
     moved: dict[str, tuple[Op, set[int]]] = {}
     taken = False
     for op, axis in contested:
+        if sent[op.index] < LEAST * most:
+            continue
         others = around.others(op, axis, taken=planner.on(TAKEN))
         dims = [dim for dim in others if (op.index, axis, dim) not in seen]
         if not dims or axis not in _contested(planner, op):

@@ -10,7 +10,8 @@ import pytest
 from sharding import P
 from spmd import planning
 from spmd.cost import Traits
-from spmd.partition import planner
+from spmd.partition import moved, planner
+from spmd.partition.stretch import Stretch
 from tests.oracle import check, kinds, make_mesh
 
 RNG = np.random.default_rng(0)
@@ -88,6 +89,22 @@ def test_narrow_rows_that_are_much_stay_on_tpus(monkeypatch: pytest.MonkeyPatch)
         planned = check(sums, (table, edges), make_mesh(d=8), (ROWS, ROWS), ROWS)
         found[lanes] = {kind for kind, _ in kinds(planned)}
     assert found == {1: {"all_gather", "all_to_all"}, 128: {"all_gather", "reduce_scatter"}}
+
+
+@pytest.mark.parametrize("rows", [512, 8])
+def test_little_that_is_sent_starts_no_stretch(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two medians, one of which may be of less than a 64th of the other."""
+    begun: set[tuple[int, ...]] = set()
+
+    class Noted(Stretch):
+        def __init__(self, around: Any, start: Any, *where: Any):
+            begun.add(start.inputs[0].shape)
+            super().__init__(around, start, *where)
+
+    monkeypatch.setattr(moved, "Stretch", Noted)
+    both = lambda x, y: (median(x), median(y))  # noqa: E731
+    check(both, (arr(128, 2048), arr(rows, 256)), make_mesh(d=8), (COLUMNS,) * 2, P())
+    assert begun == {(128, 2048), (512, 256)} - ({(512, 256)} if rows == 8 else set())
 
 
 LAYERS = arr(256, 512), arr(512, 256), arr(128, 256)
