@@ -140,6 +140,7 @@ def _ordered(
             missing[reader] -= 1
             if not missing[reader]:
                 heappush(ready, reader)
+    assert not any(missing.values()), "moves that go as one need each other"
 
 
 def groups(code: Sequence[Move | Compute]) -> Iterator[list[Any]]:
