@@ -42,7 +42,8 @@ def simulate(devices: int, nodes: int = 1) -> bool:
 
     Raises:
       ValueError: `devices` is less than 1.
-      RuntimeError: JAX already started its backend, so the environment is read no more.
+      RuntimeError: JAX already started its backend, so the environment is read no more. LAPACK's
+        part of it is not, either, after `import scipy.linalg`.
     """
     if devices < 1:
         raise ValueError(f"simulate({devices}): at least 1 device is needed; pass 1 or more")

@@ -79,10 +79,11 @@ def suited(plan: ProgramPlan, options: Options) -> ProgramPlan:
 
 def combined(plan: ProgramPlan, options: Options) -> ProgramPlan:
     """The plan with the collectives combined that the compiler for the mesh's chip does not combine
-    by itself: no matter of what is sent, so that nobody counts them so."""
+    by itself: no matter of what is sent, so that nobody counts them so. It takes memory, of which
+    there must be enough."""
     chip = chip_of(options.mesh)
-    on = chip is not None and chip.family == "cpu" and options.on("combine_small")
-    return combine_small(plan) if on else plan
+    enough = options.memory_limit is None and options.on("combine_small")
+    return combine_small(plan) if enough and chip is not None and chip.family == "cpu" else plan
 
 
 def traits(options: Options) -> Traits:

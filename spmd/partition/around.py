@@ -148,8 +148,12 @@ class Surroundings:
         """What all runs of an equation send of its operands and results, as they are wanted."""
         layouts = [lying(self.planner, v) for v in op.inputs]
         way = self.way(op, layouts, [self.planner.wanted(v) for v in op.outputs])
-        reads = zip(layouts, way.needs, op.inputs, strict=True)
-        return self.trips[op.index] * (way.brought + sum(self.moving(*read) for read in reads))
+        return self.trips[op.index] * (way.brought + self.read(op, layouts, way))
+
+    def read(self, op: Op, operands: Sequence[Layout], way: Way) -> float:
+        """What it costs to bring operands to where an equation needs them."""
+        reads = zip(operands, way.needs, op.inputs, strict=True)
+        return sum(self.moving(*read) for read in reads)
 
     def moving(self, src: Layout, dst: Layout, value: Value) -> float:
         """What it costs to bring a value from one layout to another."""

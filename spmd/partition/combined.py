@@ -6,7 +6,7 @@ those that as many small collectives come before, on the longest way to each. Co
 and GPUs combine gathers and sums by themselves; that for CPUs all-reduces alone.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from heapq import heappop, heappush
@@ -20,52 +20,50 @@ import numpy as np
 from jax import lax
 
 from sharding.mesh import MeshShape, axes_size
+from sharding.spec import Layout
 from spmd.partition.apply import grouped, pad_to, trim_to
+from spmd.partition.numbers import Numbers
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
 from spmd.partition.reshard import Step
 
 # Bytes that a device sends: of a collective that is small, and of all that go as one. Measured:
-# four at a time take 0.3 to 0.8 of the time up to the first, and no less above four times that.
-_SMALL, _MOST = 1 << 16, 1 << 18
+# four at a time take 0.3 to 0.8 of the time up to the first. The second is memory: of what was
+# packed, and of what is there earlier.
+_SMALL, _MOST = 1 << 16, 1 << 17
 
 
 def combine_small(plan: ProgramPlan) -> ProgramPlan:
-    """The plan with small collectives next to those that they are sent with."""
-    return replace(plan, body=_region(plan.body, {}, 0))
+    """The plan with small collectives next to those that they are sent with.
 
-
-def _region(body: RegionPlan, levels: dict[int, int], loops: int) -> RegionPlan:
-    """The region with small collectives next to each other.
-
-    Args:
-      levels: in how many loops values change, by id, those of the region's inputs. Others are 0.
-        What changes in fewer is not sent with the rest: compilers bring it out of the loop.
-      loops: that the region is in.
+    What compilers would make once goes alone, or they would not: what is sent several times, also
+    in calls and in layers that are made again (see `numbers`). What changes in fewer loops is not
+    sent with the rest: they bring it out of the loop.
     """
-    code = []
-    for each in body.code:
-        level = max((levels.get(key.value.id, 0) for key in each.reads), default=0)
-        if isinstance(each, Compute) and each.regions:
-            each = _inside(each, levels, loops)
-        levels.update((key.value.id, level) for key in each.writes)
-        code.append(each)
+    numbers = Numbers(plan)
+    moves = (one for one, _ in plan.body.walk() if isinstance(one, Move) and _kind(one))
+    alike = Counter(_what(move, numbers) for move in moves)
+    return replace(plan, body=_region(plan.body, numbers, alike))
+
+
+def _what(move: Move, numbers: Numbers) -> tuple[int, Layout, Layout]:
+    """What moves that are one have in common."""
+    return numbers.of(move.value), move.src, move.dst
+
+
+def _region(body: RegionPlan, numbers: Numbers, alike: Mapping[Any, int]) -> RegionPlan:
+    code = tuple(
+        replace(i, regions=tuple(_region(r, numbers, alike) for r in i.regions))
+        if isinstance(i, Compute) and i.regions else i
+        for i in body.code
+    )  # fmt: skip
+    kinds = [
+        (kind, numbers.level(i.value))
+        if isinstance(i, Move) and (kind := _kind(i)) and alike[_what(i, numbers)] == 1 else None
+        for i in code
+    ]  # fmt: skip
     before = _before(code)
-    found = _grouped(code, before, levels)
+    found = _grouped(code, before, kinds)
     return replace(body, code=tuple(_ordered(code, before, found) if found else code))
-
-
-def _inside(one: Compute, levels: dict[int, int], loops: int) -> Compute:
-    """The equation with small collectives of its regions combined."""
-    control = one.op.control
-    assert control is not None
-    carried = {(region, into) for region, _, into in control.carries(one.op)}
-    loops += bool(carried or control.counted)
-    for port in one.op.in_ports:
-        value = one.regions[port.region].region.inputs[port.inner]
-        changes = port.stacked or (port.region, port.inner) in carried
-        outside = levels.get(one.operands[port.outer].value.id, 0)
-        levels[value.id] = loops if changes else outside
-    return replace(one, regions=tuple(_region(region, levels, loops) for region in one.regions))
 
 
 def _before(code: Sequence[Move | Compute]) -> list[set[int]]:
@@ -85,21 +83,19 @@ def _before(code: Sequence[Move | Compute]) -> list[set[int]]:
 
 
 def _grouped(
-    code: Sequence[Move | Compute], before: Sequence[set[int]], levels: Mapping[int, int]
+    code: Sequence[Move | Compute], before: Sequence[set[int]], kinds: Sequence[Any]
 ) -> list[list[int]]:
-    """Places of moves that go as one. None of them needs another: as many small collectives lie on
-    the longest way to each."""
-    kinds = [_kind(each) if isinstance(each, Move) else None for each in code]
+    """Places of moves of one kind that go as one. As many small collectives lie on the longest way
+    to each: so none needs another, nor do groups, since every way on has one more."""
     depths: list[int] = []
     last: dict[Any, list[int]] = {}
     sizes: dict[Any, float] = {}
     found = []
     for i, (each, kind) in enumerate(zip(code, kinds, strict=True)):
         depths.append(max((depths[j] + (kinds[j] is not None) for j in before[i]), default=0))
-        if kind is None:
+        if kind is None or isinstance(each, Compute):
             continue
-        assert isinstance(each, Move)
-        key, size = (kind, depths[i], levels.get(each.value.id, 0)), each.plan.steps[0].bytes
+        key, size = (kind, depths[i]), each.plan.steps[0].bytes
         if key not in last or sizes[key] + size > _MOST:
             last[key], sizes[key] = [], 0.0
             found.append(last[key])
@@ -156,8 +152,11 @@ def _kind(move: Move) -> tuple[Any, ...] | None:
         return None
     (step,), dtype = move.plan.steps, move.value.dtype
     small = step.kind in _PACKED and 0 < step.bytes <= _SMALL and not step.parts
-    number = jnp.issubdtype(dtype, jnp.number)  # not a random key, which has words
-    return (step.kind, step.axes, step.monoid, dtype) if small and number else None
+    if not small or not jnp.issubdtype(dtype, jnp.number):  # random keys have words
+        return None
+    if jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits < 4:
+        return None  # XLA moves them as bytes
+    return step.kind, step.axes, step.monoid, dtype
 
 
 def together(moves: Sequence[Move], operands: Sequence[Any], mesh: MeshShape) -> list[Any]:

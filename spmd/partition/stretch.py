@@ -46,10 +46,10 @@ _Reads = dict[_Read, list[Hashable]]
 
 
 class Stretch:
-    """Equations around one that could have an axis on another dim.
+    """Equations around one that could have an axis on another dim, and by itself had better.
 
     Attributes:
-      ops: by index.
+      ops: by index; none where the first one had not.
       gain: what is saved by those that do, in bytes on a link.
     """
 
@@ -60,12 +60,10 @@ class Stretch:
         self.values: dict[int, Value] = {}  # that no equation of the stretch makes
         self._layouts: dict[int, tuple[Layout, Layout | None]] = {}
         self._large = max(prod(v.shape) * v.itemsize for v in (*start.inputs, *start.outputs))
-        self._collect(start)
-        edges = list(self._edges())
-        self._there = source_side(edges, _SOURCE, _SINK)
-        before = sum(c for a, _, c in edges if a == _SOURCE)
-        after = sum(c for a, b, c in edges if a in self._there and b not in self._there)
-        self.gain = before - after
+        self.gain, self._there = 0.0, set[Hashable]()
+        if self._movable(start) and self._alone(start, True) < self._alone(start, False):
+            self._collect(start)
+            self._decide()
 
     def move(self) -> set[int]:
         """Wants the axis on the other dim, where that is less; of which equations."""
@@ -157,6 +155,13 @@ class Stretch:
                 into += [op for op, _ in readers if op.control is None]
                 queue += filter(self.member, self.around.near.get(at.id, ()))
 
+    def _decide(self) -> None:
+        edges = list(self._edges())
+        self._there = source_side(edges, _SOURCE, _SINK)
+        before = sum(c for a, _, c in edges if a == _SOURCE)
+        after = sum(c for a, b, c in edges if a in self._there and b not in self._there)
+        self.gain = before - after
+
     # --- what it costs ----------------------------------------------------------------------------
 
     def _edges(self) -> Iterator[Edge]:
@@ -182,6 +187,12 @@ class Stretch:
             yield from self._leaves(value, reads)
         for read, readers in reads.items():
             yield from self._read(read, readers)
+
+    def _alone(self, op: Op, there: bool) -> float:
+        """What an equation costs where all that it reads and makes has the axis on the one dim."""
+        ins = [self._at(v, there) for v in op.inputs]
+        way = self.around.way(op, ins, [self._at(v, there) for v in op.outputs])
+        return way.cost + self.around.read(op, ins, way)
 
     def _movable(self, op: Op) -> bool:
         rule = op.rule

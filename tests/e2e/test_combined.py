@@ -133,6 +133,24 @@ def test_not_other_dtypes_or_axes() -> None:
     fun = lambda *xs: [shard(x, None, None) * 2 for x in xs]  # noqa: E731
     planned = check(fun, xs, mesh, specs, [P()] * 3)
     assert emitted(planned) == {"all_gather": 3}
+    orders = P(("a", "b")), P(("b", "a"))
+    planned = check(fun, (arr(16, 8), arr(16, 8)), mesh, orders, [P()] * 2)
+    assert emitted(planned) == {"all_gather": 2}
+
+
+def test_not_integers_of_two_bits() -> None:
+    """Which XLA moves as bytes."""
+    xs = [jnp.ones((8 * n, 8), "int2") for n in (1, 2)]
+    fun = lambda *xs: [shard(x, None, None).astype(jnp.int8) for x in xs]  # noqa: E731
+    planned = check(fun, xs, make_mesh(d=8), (ROWS, ROWS), [P()] * 2)
+    assert emitted(planned) == {"all_gather": 2}
+
+
+def test_not_where_memory_may_be_short() -> None:
+    xs = arr(16, 8), arr(8, 24), arr(40, 16)
+    specs = (ROWS,) * 3, [COLUMNS] * 3
+    planned = check(transposed, xs, make_mesh(d=8), *specs, memory_limit=10**9)
+    assert emitted(planned) == {"all_to_all": 3}
 
 
 def test_not_gathers_and_exchanges() -> None:
