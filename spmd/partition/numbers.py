@@ -65,9 +65,7 @@ class Numbers:
         op, control = one.op, one.op.control
         assert control is not None
         carried = {(r, into): out for r, out, into in control.carries(op)}
-        loop = (control.counted or bool(carried)) and not (
-            control.counted and control.trips(op) == 1
-        )
+        loop = control.trips(op) != 1 if control.counted else bool(carried)
         inputs = {}
         for port in op.in_ports:
             value = one.regions[port.region].region.inputs[port.inner]
