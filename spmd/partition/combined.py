@@ -26,8 +26,8 @@ from spmd.partition.numbers import Numbers
 from spmd.partition.plan import Compute, Key, Move, ProgramPlan, RegionPlan
 from spmd.partition.reshard import Step
 
-# Bytes that a device sends: of a collective that is small, and of all that go as one. Four at a time
-# take 0.3 to 0.8 of the time, up to twice the first; above that, and above the second, what is
+# Bytes that a device sends: of a collective that is small, and of all that go as one. Four at a
+# time take 0.3 to 0.8 of the time, up to twice the first; above that, and above the second, what is
 # packed and what is there earlier takes memory that shows.
 _SMALL, _MOST = 1 << 15, 1 << 16
 
