@@ -51,12 +51,8 @@ def execute(
 ) -> list[tuple[Key, Any]]:
     """What one instruction makes of the local arrays that `read` gives."""
     if isinstance(instruction, Move):
-        value, src = instruction.value, instruction.src
-        # At the boundary no operation asks for it: it belongs to the one that made the value.
-        with _at(instruction.reason or value.op):
-            x = read(Key(value, src))
-            if not hasattr(x, "shape"):  # a literal
-                x = jnp.asarray(x, value.dtype)
+        with _at_reason(instruction):
+            x = _moving(instruction, read)
             if instruction.after:  # or the compiler makes one of this and what it repeats
                 x, *_ = jax.lax.optimization_barrier((x, *map(read, instruction.after)))
             x = moved(instruction, x, mesh)
@@ -74,10 +70,20 @@ def _together(
     moves: Sequence[Move], mesh: MeshShape, read: Callable[[Key], Any]
 ) -> list[tuple[Key, Any]]:
     """What moves of one group make: see `combined`."""
-    with _at(moves[0].reason or moves[0].value.op):
-        operands = [jnp.asarray(joined(read(m.reads[0])), m.value.dtype) for m in moves]
-        made = together(moves, operands, mesh)
+    with _at_reason(moves[0]):
+        made = together(moves, [joined(_moving(move, read)) for move in moves], mesh)
     return [(move.writes[0], x) for move, x in zip(moves, made, strict=True)]
+
+
+def _moving(move: Move, read: Callable[[Key], Any]) -> Any:
+    """The local array that is moved."""
+    x = read(Key(move.value, move.src))
+    return x if hasattr(x, "shape") else jnp.asarray(x, move.value.dtype)  # a literal
+
+
+def _at_reason(move: Move) -> Any:
+    # At the boundary no operation asks for it: it belongs to the one that made the value.
+    return _at(move.reason or move.value.op)
 
 
 def _compute(instruction: Compute, mesh: MeshShape, operands: Sequence[Any]) -> Sequence[Any]:

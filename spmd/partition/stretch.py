@@ -22,7 +22,7 @@ from typing import NamedTuple
 from sharding.mesh import axes_size, overlap
 from sharding.program import Op, Value
 from sharding.spec import Layout
-from spmd.partition.around import Flow, Surroundings, lying
+from spmd.partition.around import Flow, Surroundings, Way, lying
 from spmd.partition.cut import Edge, source_side
 
 # Equations that are decided together; further ones stay as they are.
@@ -169,9 +169,7 @@ class Stretch:
         for i, op in self.ops.items():
             node, movable = ("op", i), self._movable(op)
             for there in (False, True)[: 1 + movable]:
-                ins = [self._at(v, there) for v in op.inputs]
-                outs = [self._at(v, there) for v in op.outputs]
-                way = self.around.way(op, ins, outs)
+                _, way = self._way(op, there)
                 price = self.around.trips[i] * way.cost
                 yield (node, _SINK, price) if there else (_SOURCE, node, price)
                 for value, need in zip(op.inputs, way.needs, strict=True):
@@ -190,9 +188,13 @@ class Stretch:
 
     def _alone(self, op: Op, there: bool) -> float:
         """What an equation costs where all that it reads and makes has the axis on the one dim."""
-        ins = [self._at(v, there) for v in op.inputs]
-        way = self.around.way(op, ins, [self._at(v, there) for v in op.outputs])
-        return way.cost + self.around.read(op, ins, way)
+        operands, way = self._way(op, there)
+        return way.cost + self.around.read(op, operands, way)
+
+    def _way(self, op: Op, there: bool) -> tuple[list[Layout], Way]:
+        """Where its operands lie then, and how it runs."""
+        operands = [self._at(v, there) for v in op.inputs]
+        return operands, self.around.way(op, operands, [self._at(v, there) for v in op.outputs])
 
     def _movable(self, op: Op) -> bool:
         rule = op.rule
