@@ -60,8 +60,8 @@ class Control:
       outputs: op -> ports of results.
       carries: op -> (region, output, input) triples that must agree, as in a loop.
       build: (params, traceable region functions, local operands) -> local results.
-      trips: op -> how often each region runs, for counting; 1 where unknown.
-      counted: `trips` of a loop is how often it runs; otherwise nobody knows before.
+      trips: op, or equation of a jaxpr -> how often each region runs, to count; 1 where unknown.
+      counted: all devices run a loop equally often, whatever its values are.
       exclusive: one of the regions runs, not all of them.
       manual: params -> axes that become manual in the regions.
       trees: operands and results of `build` and of the regions may be pytrees.

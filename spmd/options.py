@@ -14,10 +14,10 @@ from sharding.mesh import MeshShape
 
 # What can be switched off, by `disable_passes`.
 PASSES = (
-    "own_steps", "moved_axes", "shared_sums", "shared_gathers", "loop_sums", "loop_invariants",
-    "late_broadcasts", "saved_gathers", "regathers", "transposed_sums", "split_scatters",
-    "own_stacks", "keep_products", "combine_small", "streams", "async_collectives",
-    "bounded_schedule",
+    "own_steps", "moved_axes", "shared_sums", "shared_gathers", "direct_moves", "loop_sums",
+    "loop_invariants", "late_broadcasts", "saved_gathers", "regathers", "transposed_sums",
+    "split_scatters", "own_stacks", "keep_products", "combine_small", "streams",
+    "async_collectives", "bounded_schedule",
 )  # fmt: skip
 
 

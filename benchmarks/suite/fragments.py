@@ -101,6 +101,11 @@ def autoencoder(layers: Any, x: Any) -> Any:
     return descend(loss, layers)
 
 
+def flat(x: Any, w: Any) -> Any:
+    """A layer of the tokens of all examples, its columns over the axis of their positions."""
+    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:2], -1)
+
+
 CODERS = [network(256, 512, 64), network(32, 512, 256)]
 QUERIES, TABLE = array(1024, 64), array(4096, 16)
 
@@ -121,4 +126,7 @@ PROGRAMS = (
             (TABLE, TABLE, ints(16384), ints(16384), array(16384)), (ROWS,) * 5, BOTH, below=4096),
     program("autoencoder", "a variational one, FSDP, few examples", autoencoder,
             (CODERS, array(128, 256)), (fsdp(CODERS), ROWS), fsdp(CODERS)),
+    program("flat", "a layer of flat tokens, by columns", flat,
+            (array(16, 64, 64), array(64, 256)), (PARTS, P(None, "part")),
+            P("data", None, "part"), pairs=True),
 )  # fmt: skip

@@ -26,8 +26,8 @@ from spmd import collectives
 
 # Those that change plans on every target.
 PASSES = (
-    "moved_axes", "shared_sums", "shared_gathers", "loop_sums", "loop_invariants",
-    "late_broadcasts",
+    "moved_axes", "shared_sums", "shared_gathers", "direct_moves", "loop_sums",
+    "loop_invariants", "late_broadcasts",
 )
 PLENTY = 1 << 50  # bytes of memory
 SIZES = {"small": RUNS, "large": LARGE}

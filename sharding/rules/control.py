@@ -24,6 +24,7 @@ from sharding.rule import (
     replicated_rule,
 )
 from sharding.rules.own_steps import scan_in_parts
+from sharding.rules.trips import trips_of_while
 
 p = _jax.primitives
 Params = Mapping[str, Any]
@@ -155,6 +156,7 @@ register_control(
         outputs=lambda op: [Port(i, 1, i) for i in range(len(op.outputs))],
         carries=_while_carries,
         build=_build_while,
+        trips=trips_of_while,
     ),
 )
 

@@ -57,7 +57,7 @@ def _next_to_nothing(op: Op) -> bool:
     """At most one array that does not come of nothing, with its elements in other places, or each
     changed by itself."""
     arrays = [v for v in op.inputs if v.rank]
-    return _plain(op) and bool(arrays) and sum(not of_nothing(v) for v in arrays) <= 1
+    return plain(op) and bool(arrays) and sum(not of_nothing(v) for v in arrays) <= 1
 
 
 def of_nothing(value: Value, depth: int = _DEEPEST) -> bool:
@@ -66,13 +66,14 @@ def of_nothing(value: Value, depth: int = _DEEPEST) -> bool:
     if op is None or not depth:
         return False
     arrays = [v for v in op.inputs if v.rank]
-    made = _plain(op) and bool(arrays) and all(of_nothing(v, depth - 1) for v in arrays)
+    made = plain(op) and bool(arrays) and all(of_nothing(v, depth - 1) for v in arrays)
     return op.from_nothing or made
 
 
-def _plain(op: Op) -> bool:
-    """One result, no smaller than what is read; a mask, or linear, which is what tells a product
-    with a scalar from a power."""
+def plain(op: Op) -> bool:
+    """Whether an operation gives elements other places, or changes each by itself: one result, no
+    smaller than what is read; a mask, or linear, which is what tells a product with a scalar from a
+    power."""
     rule = op.rule
     if op.control is not None or len(op.outputs) != 1 or rule.annotation is not None:
         return False

@@ -11,6 +11,7 @@ from sharding.rule import Kind, Rule
 from sharding.spec import Layout
 from spmd.partition.again import of_nothing
 from spmd.partition.choose import costs, iterations
+from spmd.partition.loops import WORTH
 from spmd.partition.placed import makes, needs
 from spmd.partition.plan import Assignment
 from spmd.partition.reshard import Plan, plan
@@ -19,6 +20,8 @@ from spmd.partition.tensor import Tensor
 
 # Operations that weigh as much as a byte on a link: a tenth of what a chip multiplies in its time.
 FLOPS_PER_BYTE = 256.0
+# What it counts for a loop to bring somewhere what could be there before it.
+RATHER = 1.01
 
 
 def work(rule: Rule, assignment: Assignment, mesh: MeshShape) -> float:
@@ -100,9 +103,14 @@ class Surroundings:
         self.made: dict[int, int] = {}  # how often values are
         self.flows: dict[int, list[Flow]] = {}
         self.near: dict[int, list[Value]] = {}
+        self.alike: dict[int, list[Value]] = {}  # names of one operand in several regions
+        # What stays the same in all steps of a loop, as it is called outside: it may be brought
+        # somewhere once, before the first, see `loops`.
+        self.outside: dict[int, Value] = {}
         self.held: set[int] = set()  # values of regions that know axes by name
         self._count(self.program.body, 1)
-        self.ends = {v.id for v in (*self.program.body.inputs, *self.program.body.outputs)}
+        self.given = {v.id for v in self.program.body.inputs}
+        self.ends = self.given | {v.id for v in self.program.body.outputs}
         self._dims: dict[int, tuple[int, ...]] = {}
         self._nothing: dict[int, bool] = {}
         self._ways: dict[Hashable, Way] = {}
@@ -155,6 +163,25 @@ class Surroundings:
         reads = zip(operands, way.needs, op.inputs, strict=True)
         return sum(self.moving(*read) for read in reads)
 
+    def often(self, value: Value) -> float:
+        """How often a value is brought from one layout to another: what stays the same in a loop
+        once before it, though rather by another layout there than by a pass over the loop."""
+        inside = value
+        while value.id in self.outside:
+            value = self.outside[value.id]
+        return self.made[value.id] * (1.0 if value is inside else RATHER)
+
+    def runs(self, op: Op, operands: Sequence[Layout], way: Way) -> float:
+        """What all runs of an equation cost, what it reads not counted: as often as it runs, or
+        what it takes from is gathered once before a loop."""
+        found = self.trips[op.index] * way.cost
+        if op.rule.flops or not way.brought:
+            return found
+        lie = [(v, at) for v, at in zip(op.inputs, operands, strict=True) if at.used]
+        if not all(v.id in self.outside for v, _ in lie):
+            return found
+        return min(found, sum(self.often(v) * self.moving(at, whole(v), v) for v, at in lie))
+
     def moving(self, src: Layout, dst: Layout, value: Value) -> float:
         """What it costs to bring a value from one layout to another."""
         if src == dst or self.of_nothing(value):
@@ -171,6 +198,10 @@ class Surroundings:
                 continue
             for inner in op.regions:
                 self._count(inner, trips * op.control.trips(op))
+            if self.planner.on("loop_invariants") and op.control.trips(op) - 1 > WORTH:
+                self.outside.update(_invariants(op))
+            for names in _names(op):
+                self.alike.update((v.id, names) for v in names if len(names) > 1)
             for source, flow in _flows(op):
                 self.flows.setdefault(source.id, []).append(flow)
                 self.near.setdefault(source.id, []).append(flow.target)
@@ -196,6 +227,23 @@ class Surroundings:
                 t, d = where[0]
                 found[self.dims(values[t])[d]] = None
         return list(found)
+
+
+def _invariants(op: Op) -> Iterator[tuple[int, Value]]:
+    assert op.control is not None
+    carried = {(region, into) for region, _, into in op.control.carries(op)}
+    for port in op.in_ports:
+        if not port.stacked and not any(port.lead) and (port.region, port.inner) not in carried:
+            yield op.regions[port.region].inputs[port.inner].id, op.inputs[port.outer]
+
+
+def _names(op: Op) -> Iterable[list[Value]]:
+    """What regions call each operand: they all have to see it in one layout."""
+    found: dict[int, list[Value]] = {}
+    for port in op.in_ports:
+        inner = op.regions[port.region].inputs[port.inner]
+        found.setdefault(port.outer, []).append(inner)
+    return found.values()
 
 
 def _flows(op: Op) -> Iterator[tuple[Value, Flow]]:

@@ -35,7 +35,7 @@ def improved(planner: Any, scope: Any, op: Op, found: Planned) -> Planned:
     if op.control is None or not (op.control.counted or op.control.carries(op)):
         return found
     trips = op.control.trips(op)
-    trips = trips if op.control.counted else UNKNOWN_TRIPS
+    trips = trips if op.control.counted or trips > 1 else UNKNOWN_TRIPS
     if trips < 2:
         return found
     if planner.on("loop_sums"):
@@ -254,7 +254,7 @@ def _invariants(
         more = Key(value, layout).local_bytes(planner.mesh)
         if _needed_elsewhere(planner, op, port, layout):
             more = 0  # it is there after the loop, or was before
-        if (trips - 1) * moved.bytes > WORTH * more:
+        if not moved.bytes or (trips - 1) * moved.bytes > WORTH * more:
             yield port.outer, layout
 
 
@@ -269,9 +269,9 @@ def _moved(region: RegionPlan, value: Value, layout: Layout, trips: int) -> Layo
     """Where the steps bring it to."""
     moves = [
         i for i in region.code
-        if isinstance(i, Move) and i.value is value and i.plan.bytes and not i.dst.partial
+        if isinstance(i, Move) and i.value is value and i.plan.cost and not i.dst.partial
     ]
-    return max(moves, key=lambda move: move.plan.bytes).dst if moves else None
+    return max(moves, key=lambda move: move.plan.cost).dst if moves else None
 
 
 def _sharded(region: RegionPlan, value: Value, layout: Layout, trips: int) -> Layout | None:

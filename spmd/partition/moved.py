@@ -11,10 +11,11 @@ What a cut does not see (sums that loops reduce once, what is at hand) the finis
 one with moved axes is kept where it costs clearly less than the one without (`make_plan`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from sharding.program import Op
+from sharding.program import Op, Value
+from sharding.region import Port
 from spmd.partition.around import Surroundings, as_tensors, lying, waited, work
 from spmd.partition.choose import costs
 from spmd.partition.placed import makes, needs
@@ -48,36 +49,52 @@ class Moved(NamedTuple):
     taken: bool = False
 
 
+class _Start(NamedTuple):
+    """Where an axis cannot stay.
+
+    Attributes:
+      op: an operation that could have it on another dim.
+      at: what cannot keep it: that operation, or the loop around it.
+      port: where the loop runs over the dim that the axis shards; None: it is no loop.
+    """
+
+    op: Op
+    axis: str
+    at: Op
+    port: Port | None = None
+
+
 def move_axes(planner: Any) -> Moved:
     """Changes the layouts that are wanted.
 
     Args:
       planner: `planner._Planner`.
     """
-    contested = [(op, axis) for op in planner.propagated.program.ops()
-                 for axis in _contested(planner, op)]  # fmt: skip
-    if not contested:
+    starts = [start for op in planner.propagated.program.ops() for start in _starts(planner, op)]
+    if not starts:
         return Moved()
     around = Surroundings(planner)
-    sent = {op.index: around.sent(op) for op, _ in contested}
+    sent = {start: _sent(around, start) for start in starts}
     most = max(sent.values())
     looks = LOOKS * (len(around.trips) + WINDOW)
     seen: set[tuple[int, str, int]] = set()  # equations that were part of a stretch
     moved: dict[str, tuple[Op, set[int]]] = {}
     taken = False
-    for op, axis in contested:
-        if sent[op.index] < LEAST * most:
+    for start in starts:
+        op, axis = start.op, start.axis
+        if sent[start] < LEAST * most:
             continue
         others = around.others(op, axis, taken=planner.on(TAKEN))
         dims = [dim for dim in others if (op.index, axis, dim) not in seen]
-        if not dims or axis not in _contested(planner, op):
+        if not dims or start not in _starts(planner, start.at):
             continue
-        stretches = [Stretch(around, op, axis, dim) for dim in dims]
+        sure = start.port is not None
+        stretches = [Stretch(around, op, axis, dim, sure) for dim in dims]
         seen |= {(i, axis, stretch.dim) for stretch in stretches for i in stretch.ops}
         best = max(stretches, key=lambda stretch: stretch.gain)
         if best.gain > 0:
             taken = taken or best.dim not in around.others(op, axis, taken=False)
-            moved.setdefault(axis, (op, set()))[1].update(best.move())
+            moved.setdefault(axis, (start.at, set()))[1].update(best.move())
         looks -= sum(len(stretch.ops) for stretch in stretches)
         if looks < 0:
             break
@@ -131,9 +148,51 @@ def _spent(body: RegionPlan, waits: Mapping[str, float]) -> tuple[float, float]:
     return moves, works
 
 
+def _starts(planner: Any, op: Op) -> list[_Start]:
+    if op.control is None:
+        return [_Start(op, axis, op) for axis in _contested(planner, op)]
+    return list(_scanned(planner, op))
+
+
+def _sent(around: Surroundings, start: _Start) -> float:
+    """What is sent since the axis cannot stay."""
+    if start.port is None:
+        return around.sent(start.op)
+    value = start.at.inputs[start.port.outer]
+    need = around.planner.need(start.at, start.port.outer)
+    return around.trips[start.at.index] * around.moving(lying(around.planner, value), need, value)
+
+
+def _scanned(planner: Any, op: Op) -> Iterator[_Start]:
+    """Axes on the dim that a loop runs over: every step needs its slice on all devices."""
+    if op.scope.manual is not None:
+        return
+    for port in op.in_ports:
+        value = op.inputs[port.outer]
+        first = lying(planner, value).dims[0] if port.stacked else ()
+        if not first:
+            continue
+        reader = _reader(planner, op.regions[port.region].inputs[port.inner])
+        if reader is not None:
+            yield from (_Start(reader, axis, op, port) for axis in first)
+
+
+def _reader(planner: Any, value: Value) -> Op | None:
+    """An operation that reads a value, itself or in a region that is passed it."""
+    readers = planner.propagated.program.readers[value.id]
+    for op, _ in readers:
+        if op.control is None and not op.rule.elementary:
+            return op
+    inside = (op.regions[port.region].inputs[port.inner]
+              for op, i in readers if op.control is not None
+              for port in op.in_ports if port.outer == i)  # fmt: skip
+    return next(filter(None, (_reader(planner, v) for v in inside)), None)
+
+
 def _contested(planner: Any, op: Op) -> list[str]:
     """Axes that an operation cannot keep where propagation left them: an operand is gathered or
-    exchanged, or one operand alone is summed along a dim that they shard."""
+    exchanged, or one of several alone is summed along a dim that they shard, or one device has what
+    is taken from it."""
     rule = op.rule
     if op.control is not None or rule.early or rule.elementary or not op.outputs:
         return []
@@ -148,7 +207,7 @@ def _contested(planner: Any, op: Op) -> list[str]:
     needed = needs(rule, assignment, operands, planner.mesh)
     lost = {a for layout, need in zip(layouts, needed, strict=True)
             for was, now in zip(layout.dims, need.dims, strict=True) for a in {*was} - {*now}}
-    if sum(v.rank > 0 for v in op.inputs) > 1:
+    if sum(v.rank > 0 for v in op.inputs) > 1 or not rule.flops:
         for made in makes(rule, assignment, planner.mesh):
             summed = [a for a, _ in made.partial]
             lost |= {a for a in summed if sum(a in layout.used for layout in layouts) == 1}

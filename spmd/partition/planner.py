@@ -16,6 +16,7 @@ from spmd.cost import ANY, Traits
 from spmd.partition.again import from_nothing
 from spmd.partition.broadcasts import late_broadcasts
 from spmd.partition.choose import Alternatives, alternatives
+from spmd.partition.direct import direct_moves
 from spmd.partition.flattened import follow_flattened
 from spmd.partition.gathers import shared
 from spmd.partition.moved import TAKEN, Moved, cheaper, move_axes
@@ -290,4 +291,7 @@ class _Planner:
             scope.read(value, layout, None)
             for value, layout in zip(region.outputs, outputs, strict=True)
         )
-        return RegionPlan(region, mesh, tuple(inputs), keys, tuple(scope.code))
+        code = scope.code
+        if self.on("direct_moves"):
+            code = direct_moves(code, keys, mesh)
+        return RegionPlan(region, mesh, tuple(inputs), keys, tuple(code))

@@ -155,7 +155,7 @@ def _inside(
         return
     into = {(region, into) for region, _, into in op.control.carries(op)}
     carried = {port.outer for port in op.in_ports if (port.region, port.inner) in into}
-    runs *= op.control.trips(op) if op.control.counted else 1
+    runs *= op.control.trips(op)
     for port in op.in_ports:
         if op.inputs[port.outer] is not value or any(port.lead) or port.outer in carried:
             continue

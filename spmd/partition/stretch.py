@@ -48,12 +48,17 @@ _Reads = dict[_Read, list[Hashable]]
 class Stretch:
     """Equations around one that could have an axis on another dim, and by itself had better.
 
+    Args:
+      sure: to be decided whether that one had better or not, since a loop around it has.
+
     Attributes:
       ops: by index; none where the first one had not.
       gain: what is saved by those that do, in bytes on a link.
     """
 
-    def __init__(self, around: Surroundings, start: Op, axis: str, dim: int):
+    def __init__(
+        self, around: Surroundings, start: Op, axis: str, dim: int, sure: bool = False
+    ):  # fmt: skip
         self.around, self.planner, self.mesh = around, around.planner, around.mesh
         self.start, self.axis, self.dim = start, axis, dim
         self.ops: dict[int, Op] = {}
@@ -61,7 +66,8 @@ class Stretch:
         self._layouts: dict[int, tuple[Layout, Layout | None]] = {}
         self._large = max(prod(v.shape) * v.itemsize for v in (*start.inputs, *start.outputs))
         self.gain, self._there = 0.0, set[Hashable]()
-        if self._movable(start) and self._alone(start, True) < self._alone(start, False):
+        better = sure or self._alone(start, True) < self._alone(start, False)
+        if better and self._movable(start):
             self._collect(start)
             self._decide()
 
@@ -154,6 +160,7 @@ class Stretch:
                 into = later if len(readers) > MANY else queue
                 into += [op for op, _ in readers if op.control is None]
                 queue += filter(self.member, self.around.near.get(at.id, ()))
+                queue += filter(self.member, self.around.alike.get(at.id, ()))
 
     def _decide(self) -> None:
         edges = list(self._edges())
@@ -169,8 +176,8 @@ class Stretch:
         for i, op in self.ops.items():
             node, movable = ("op", i), self._movable(op)
             for there in (False, True)[: 1 + movable]:
-                _, way = self._way(op, there)
-                price = self.around.trips[i] * way.cost
+                operands, way = self._way(op, there)
+                price = self.around.runs(op, operands, way)
                 yield (node, _SINK, price) if there else (_SOURCE, node, price)
                 for value, need in zip(op.inputs, way.needs, strict=True):
                     if value.rank:
@@ -180,8 +187,10 @@ class Stretch:
             for value in op.outputs:
                 yield from self._leaves(value, reads)
         for value in self.values.values():
-            if value.id in self.around.ends or self.layouts(value)[1] is None:
+            if value.id in self.around.given or self.layouts(value)[1] is None:
                 yield self.node(value), _SINK, math.inf
+            for other in self.around.alike.get(value.id, ()):
+                yield self.node(value), self.node(other) if self.has(other) else _SINK, math.inf
             yield from self._leaves(value, reads)
         for read, readers in reads.items():
             yield from self._read(read, readers)
@@ -211,7 +220,7 @@ class Stretch:
     def _read(self, read: _Read, readers: list[Hashable]) -> Iterator[Edge]:
         """Bringing a value to its readers that have the axis on the one dim, or on the other."""
         value, need, there = read
-        made, trips = self.node(value), self.around.made[value.id]
+        made, trips = self.node(value), self.around.often(value)
         node = ("read", value.id, need, there)
         stays = trips * self.around.moving(self._at(value, False), need, value)
         moved = stays

@@ -40,6 +40,60 @@ def test_every_shard_gets_whole_rows_by_an_all_to_all() -> None:
     assert "not taken" not in text
 
 
+def layer(x: Any, w: Any) -> Any:
+    return (flat(x) @ w).reshape(*x.shape[:2], -1)
+
+
+GATHERED = LENGTH * WIDTH * 4 * BATCH // 2 * 3 // 4  # of all positions of a device's examples
+
+
+def test_what_columns_gather_is_gathered_before_it_is_flattened() -> None:
+    """The columns need all tokens of a device's examples: no exchange of them comes first."""
+    args = draw(*SHAPE), draw(WIDTH, 256)
+    places = (PLACE, P(None, "seq")), P("data", None, "seq")
+    planned = check(layer, args, make_mesh(data=2, seq=4), *places)
+    assert kinds(planned) == {("all_gather", ("seq",)): (1, GATHERED)}
+    off = check(
+        layer, args, make_mesh(data=2, seq=4), *places, disable_passes=["direct_moves"],
+    )  # fmt: skip
+    assert kinds(off) == {
+        ("all_to_all", ("seq",)): (1, GATHERED / 4),
+        ("all_gather", ("seq",)): (1, GATHERED),
+    }
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda y: jnp.swapaxes(y, 0, 1),
+        lambda y: -y.reshape(BATCH, -1, WIDTH).reshape(-1, WIDTH).T * 2,
+        lambda y: jnp.expand_dims(y, 1)[:, 0].T,
+    ],
+)
+def test_so_is_what_is_rearranged_further(between: Callable[[Any], Any]) -> None:
+    args = draw(*SHAPE), draw(256, WIDTH)
+
+    def fun(x: Any, w: Any) -> Any:
+        return w @ between(flat(x))
+
+    places = (PLACE, P("seq")), P("seq", "data")
+    planned = check(fun, args, make_mesh(data=2, seq=4), *places)
+    assert kinds(planned) == {("all_gather", ("seq",)): (1, GATHERED)}
+
+
+def test_what_another_reads_as_it_is_exchanged_stays_so() -> None:
+    """The flat tokens are a result as well, which no move of the operand makes."""
+
+    def fun(x: Any, w: Any) -> Any:
+        y = flat(x)
+        return layer(x, w), y
+
+    args = draw(*SHAPE), draw(WIDTH, 256)
+    places = (PLACE, P(None, "seq")), (P("data", None, "seq"), P(("data", "seq")))
+    planned = check(fun, args, make_mesh(data=2, seq=4), *places)
+    assert kinds(planned)[("all_to_all", ("seq",))] == (1, GATHERED / 4)
+
+
 def test_examples_that_are_fewer_than_shards_take_a_part_of_the_axis() -> None:
     """Two examples per device, four shards of their tokens: the minor half of the axis goes to
     the examples, and the major half stays."""

@@ -1,0 +1,128 @@
+"""How often a `while` loop runs that counts: `while i < n: ...; i += step`.
+
+Loops that `jax.lax.fori_loop` makes of bounds that are numbers are scans, but not those that users
+write themselves. What is done in each of their steps weighs as often as they run.
+"""
+
+from typing import Any, NamedTuple
+
+from sharding import _jax
+
+p = _jax.primitives
+
+# Predicate -> how many steps from the first count on hold, each of a size.
+_STEPS = {
+    p.lt_p: lambda first, bound, step: -((first - bound) // step),
+    p.le_p: lambda first, bound, step: (bound - first) // step + 1,
+    p.gt_p: lambda first, bound, step: -((bound - first) // -step),
+    p.ge_p: lambda first, bound, step: (first - bound) // -step + 1,
+}
+_MIRRORED = {p.lt_p: p.gt_p, p.le_p: p.ge_p, p.gt_p: p.lt_p, p.ge_p: p.le_p}
+
+
+class _Number(NamedTuple):
+    """An integer.
+
+    Attributes:
+      carry: which carry it is, or None.
+      plus: what is added to that, or the number.
+    """
+
+    carry: int | None
+    plus: int
+
+
+def trips_of_while(op: Any) -> int:
+    """How often the body runs; 1 where that cannot be told from the equation.
+
+    Args:
+      op: an `Op`, or an equation of a jaxpr.
+    """
+    params = op.params
+    consts = params["cond_nconsts"], params["body_nconsts"]
+    given = [_literal(op, i) for i in range(len(op.inputs if hasattr(op, "inputs") else op.invars))]
+    start = given[sum(consts) :]
+    cond, body = params["cond_jaxpr"].jaxpr, params["body_jaxpr"].jaxpr
+    before = _numbers(params["cond_jaxpr"], given[: consts[0]])
+    after = _numbers(params["body_jaxpr"], given[consts[0] : sum(consts)])
+    made = next((e for e in cond.eqns if cond.outvars[0] in e.outvars), None)
+    if made is None or made.primitive not in _STEPS or made.outvars[0].aval.shape:
+        return 1
+    test, (left, right) = made.primitive, (before(v) for v in made.invars)
+    if left is None or right is None:
+        return 1
+    if left.carry is None:
+        test, left, right = _MIRRORED[test], right, left
+    steps = [after(v) for v in body.outvars]
+
+    def fixed(number: _Number) -> int | None:
+        """What a number is in all steps."""
+        if number.carry is None:
+            return number.plus
+        stays = steps[number.carry] == _Number(number.carry, 0)
+        first = start[number.carry]
+        return first + number.plus if stays and first is not None else None
+
+    return _count(test, left, fixed(right), steps, start)
+
+
+def _count(test: Any, left: _Number, bound: int | None, steps: Any, start: Any) -> int:
+    if left.carry is None or bound is None or start[left.carry] is None:
+        return 1
+    step, first = steps[left.carry], start[left.carry] + left.plus
+    up = test in (p.lt_p, p.le_p)
+    if step is None or step.carry != left.carry or (step.plus <= 0 if up else step.plus >= 0):
+        return 1
+    return max(_STEPS[test](first, bound, step.plus), 0)
+
+
+def _numbers(closed: Any, consts: list[int | None]) -> Any:
+    """variable -> the integer that it is; None: nobody knows."""
+    jaxpr = closed.jaxpr
+    known: dict[Any, _Number] = {}
+    for var, value in zip(jaxpr.constvars, closed.consts, strict=True):
+        if (number := _integer(value)) is not None:
+            known[var] = _Number(None, number)
+    for i, var in enumerate(jaxpr.invars):
+        if i >= len(consts):
+            known[var] = _Number(i - len(consts), 0)
+        elif (number := consts[i]) is not None:
+            known[var] = _Number(None, number)
+
+    def read(var: Any) -> _Number | None:
+        if isinstance(var, _jax.Literal):
+            number = _integer(var.val)
+            return None if number is None else _Number(None, number)
+        return known.get(var)
+
+    for eqn in jaxpr.eqns:
+        found = [read(v) for v in eqn.invars]
+        made = _sum(eqn.primitive, found)
+        if made is not None:
+            known[eqn.outvars[0]] = made
+    return read
+
+
+def _sum(primitive: Any, found: list[_Number | None]) -> _Number | None:
+    if primitive in (p.add_p, p.sub_p) and None not in found:
+        a, b = found
+        assert a is not None and b is not None
+        if primitive is p.sub_p:
+            return _Number(a.carry, a.plus - b.plus) if b.carry is None else None
+        if a.carry is None or b.carry is None:
+            return _Number(a.carry if b.carry is None else b.carry, a.plus + b.plus)
+    if primitive is p.convert_element_type_p:
+        return found[0]
+    return None
+
+
+def _literal(op: Any, operand: int) -> int | None:
+    if hasattr(op, "literal"):
+        return _integer(op.literal(operand))
+    var = op.invars[operand]
+    return _integer(var.val) if isinstance(var, _jax.Literal) else None
+
+
+def _integer(value: Any) -> int | None:
+    kind = getattr(getattr(value, "dtype", None), "kind", "i" if type(value) is int else "")
+    return int(value) if kind in ("i", "u") and getattr(value, "shape", ()) == () else None

@@ -1,0 +1,94 @@
+"""Pass `direct_moves`: what is moved before and after it is only rearranged, moved once.
+
+Two sharded dims that become one meet on its major one, by an all-to-all of what is flattened, as
+propagation found. Where all that reads the flat value gathers one of the axes again, it had better
+be gathered before. An operation does not know what its readers will need, so that this is seen in
+the finished code:
+
+    x [a, -]    = all_to_all(b) of x [a, b]             x [a, -]  = all_gather(b) of x [a, b]
+    y [a+b]     = reshape(x [a+b, -])             ->    y [a]     = reshape(x [a, -])
+    y [a]       = all_gather(b) of y [a+b]
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sharding.mesh import MeshShape
+from spmd.partition.again import plain
+from spmd.partition.placed import forced, makes, needs
+from spmd.partition.plan import Compute, Key, Move
+from spmd.partition.reshard import plan
+from spmd.partition.tensor import Tensor
+
+Code = list[Move | Compute]
+
+_LONGEST = 8  # operations between two moves
+
+
+def direct_moves(code: Code, outputs: Sequence[Key], mesh: MeshShape) -> Code:
+    """The instructions of a region, with fewer moves where that costs less.
+
+    Args:
+      outputs: what the region returns.
+    """
+    reads = Counter(key for one in code for key in one.reads)
+    reads.update(outputs)
+    made = {key: one for one in code for key in one.writes if reads[key] == 1}
+    dropped: set[int] = set()
+    instead: dict[int, Code] = {}
+    for after in code:
+        if not isinstance(after, Move) or not after.plan.bytes:
+            continue
+        before, chain = _chain(after, made)
+        if before is None or id(before) in instead:
+            continue
+        found = _direct(before, chain, after, mesh)
+        if found is not None:
+            dropped |= {*map(id, (before, *chain))}
+            instead[id(after)] = found
+    return [new for one in code if id(one) not in dropped for new in instead.get(id(one), [one])]
+
+
+def _chain(after: Move, made: dict[Key, Move | Compute]) -> tuple[Move | None, list[Compute]]:
+    """The operations between a move and the one before, each the only reader of what it reads; None
+    where there are none."""
+    chain: list[Compute] = []
+    one = made.get(after.reads[0])
+    while isinstance(one, Compute) and len(chain) < _LONGEST and _rearranges(one):
+        chain.insert(0, one)
+        one = made.get(one.operands[_array(one)])
+    return (one, chain) if chain and isinstance(one, Move) else (None, [])
+
+
+def _rearranges(one: Compute) -> bool:
+    """Whether it does so with one array; others are scalars."""
+    return sum(v.rank > 0 for v in one.op.inputs) == 1 and plain(one.op)
+
+
+def _array(one: Compute) -> int:
+    """Which operand that is."""
+    return next(i for i, v in enumerate(one.op.inputs) if v.rank)
+
+
+def _direct(before: Move, chain: Sequence[Compute], after: Move, mesh: MeshShape) -> Code | None:
+    """One move and the operations, in place of two moves; None where that costs more."""
+    need, value = after.dst, before.value
+    if need.partial or before.src.partial:
+        return None
+    code: Code = []
+    for one in reversed(chain):
+        rule, place, operands = one.op.rule, _array(one), list(one.operands)
+        assignment = forced(rule, need, mesh)
+        if makes(rule, assignment, mesh) != (need,) or rule.alone.keys() & assignment.axes:
+            return None  # there, or what crosses shards would be exchanged
+        tensors = [Tensor(v.shape, v.itemsize, (layout,)) for v, layout, _ in operands]
+        result, need = Key(one.op.outputs[0], need), needs(rule, assignment, tensors, mesh)[place]
+        operands[place] = Key(operands[place].value, need)
+        code.insert(0, replace(one, assignment=assignment, operands=tuple(operands),
+                               results=(result,), asked=()))  # fmt: skip
+    steps = plan(before.src, need, value.shape, value.itemsize, mesh)
+    if steps.cost >= before.plan.cost + after.plan.cost:
+        return None
+    moved: Code = [] if need == before.src else [replace(before, dst=need, plan=steps)]
+    return [*moved, *code]
