@@ -106,6 +106,46 @@ def flat(x: Any, w: Any) -> Any:
     return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:2], -1)
 
 
+def unrolled(weights: Any, x: Any) -> Any:
+    """A GRU over the positions of x [batch, positions, width], and its gradient."""
+
+    def cell(h: Any, z: Any) -> Any:
+        keep = jax.nn.sigmoid(z @ weights["zk"] + h @ weights["hk"])
+        h = keep * h + (1 - keep) * jnp.tanh(z @ weights["zn"] + h @ weights["hn"])
+        return h, h
+
+    def loss(x: Any) -> Any:
+        _, states = lax.scan(cell, jnp.zeros_like(x[:, 0]), x.swapaxes(0, 1))
+        return (states**2).mean()
+
+    return jax.grad(loss)(x)
+
+
+def states(q: Any, k: Any, v: Any) -> Any:
+    """Linear attention by chunks [batch, heads, chunks, positions, width], and its gradient."""
+
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        made = jnp.moveaxis(k.swapaxes(-1, -2) @ v, 2, 0)
+        _, before = lax.scan(lambda s, z: (s * 0.9 + z, s), jnp.zeros_like(made[0]), made)
+        within = jnp.tril(q @ k.swapaxes(-1, -2)) @ v
+        return ((within + q @ jnp.moveaxis(before, 0, 2)) ** 2).mean()
+
+    return jax.grad(attend, (0, 1, 2))(q, k, v)
+
+
+def smoothed(x: Any) -> Any:
+    """Rows taken one by one, and written to a result."""
+
+    def step(i: Any, state: Any) -> Any:
+        level, made = state
+        level = level * 0.9 + x[i] * 0.1
+        return level, made.at[i].set(level)
+
+    return lax.fori_loop(0, len(x), step, (x[0], jnp.zeros_like(x)))[1]
+
+
+GRU = {name: array(64, 64) for name in ("zk", "hk", "zn", "hn")}
+CHUNKS = array(4, 8, 16, 16, 16)
 CODERS = [network(256, 512, 64), network(32, 512, 256)]
 QUERIES, TABLE = array(1024, 64), array(4096, 16)
 
@@ -129,4 +169,10 @@ PROGRAMS = (
     program("flat", "a layer of flat tokens, by columns", flat,
             (array(16, 64, 64), array(64, 256)), (PARTS, P(None, "part")),
             P("data", None, "part"), pairs=True),
+    program("unrolled", "a GRU, positions sharded", unrolled, (GRU, array(16, 128, 64)),
+            ({name: P() for name in GRU}, P(None, "data")), P(None, "data")),
+    program("states", "linear attention by chunks, positions sharded", states, (CHUNKS,) * 3,
+            (P("data", None, "part"),) * 3, (P("data", None, "part"),) * 3, pairs=True),
+    program("smoothed", "rows of a sharded dim in a loop", smoothed, (array(512, 64),), (ROWS,),
+            ROWS),
 )  # fmt: skip
