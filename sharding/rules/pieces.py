@@ -20,6 +20,7 @@ from sharding.rule import (
     Local,
     OpInfo,
     Rule,
+    identity_rule,
     names,
     register,
     register_inline,
@@ -105,8 +106,12 @@ def _only_owner(ctx: Local, x: Any, d: int, place: int) -> Any:
 
 @register(p.rev_p)
 def _rev(op: OpInfo) -> Rule:
-    """Shards swap places along a reversed dim, with their mirror image."""
-    rank = len(op.in_avals[0].shape)
+    """Shards swap places along a reversed dim, with their mirror image. Of one element nothing is
+    reversed, as of the kernel of a 1 x 1 convolution on the way back."""
+    shape = op.in_avals[0].shape
+    if all(shape[d] == 1 for d in op.params["dimensions"]):
+        return identity_rule(shape)
+    rank = len(shape)
     kinds = [Kind.PERMUTE if d in op.params["dimensions"] else Kind.PASS for d in range(rank)]
     return _dims(op, kinds, linear=((0,),), local=_local_rev)
 

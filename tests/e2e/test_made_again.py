@@ -40,6 +40,21 @@ def test_of_weights_that_are_gathered_already(change: Any) -> None:
     assert gathers(found) == (1, GATHERED)
 
 
+def test_kernels_of_one_element_are_gathered_once_for_both_ways() -> None:
+    """On the way back they would be reversed, were they longer."""
+
+    def loss(w: Any, x: Any) -> Any:
+        layout = ("NHWC", "HWIO", "NHWC")
+        made = jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=layout)
+        return jnp.sum(jnp.tanh(made) ** 2)
+
+    places = P(None, None, None, "fsdp"), P("fsdp")
+    for size, times in ((1, 1), (3, 2)):
+        args = arr(size, size, WIDTH, WIDTH), arr(16, 8, 8, WIDTH)
+        found = check(jax.grad(loss, (0, 1)), args, make_mesh(fsdp=DEVICES), places, places)
+        assert gathers(found) == (times, times * size**2 * GATHERED)
+
+
 def test_tied_embeddings_are_gathered_once() -> None:
     """The table is read by rows, and its transposition multiplies."""
 
