@@ -26,14 +26,17 @@ Code = list[Move | Compute]
 _LONGEST = 8  # operations between two moves
 
 
-def direct_moves(code: Code, outputs: Sequence[Key], mesh: MeshShape) -> Code:
+def direct_moves(
+    code: Code, inputs: Sequence[Key], outputs: Sequence[Key], mesh: MeshShape
+) -> Code:
     """The instructions of a region, with fewer moves where that costs less.
 
     Args:
-      outputs: what the region returns.
+      inputs, outputs: what the region is passed, and what it returns.
     """
     reads = Counter(key for one in code for key in one.reads)
     reads.update(outputs)
+    there = {*inputs, *(key for one in code for key in one.writes)}
     made = {key: one for one in code for key in one.writes if reads[key] == 1}
     dropped: set[int] = set()
     instead: dict[int, Code] = {}
@@ -44,7 +47,7 @@ def direct_moves(code: Code, outputs: Sequence[Key], mesh: MeshShape) -> Code:
         if before is None or id(before) in instead:
             continue
         found = _direct(before, chain, after, mesh)
-        if found is not None:
+        if found and there.isdisjoint(key for one in found[:-1] for key in one.writes):
             dropped |= {*map(id, (before, *chain))}
             instead[id(after)] = found
     return [new for one in code if id(one) not in dropped for new in instead.get(id(one), [one])]
@@ -72,7 +75,8 @@ def _array(one: Compute) -> int:
 
 
 def _direct(before: Move, chain: Sequence[Compute], after: Move, mesh: MeshShape) -> Code | None:
-    """One move and the operations, in place of two moves; None where that costs more."""
+    """One move and the operations, the last of which makes what the second move did; None where
+    that costs more."""
     need, value = after.dst, before.value
     if need.partial or before.src.partial:
         return None

@@ -24,6 +24,7 @@ from spmd.partition.placed import expected
 from spmd.partition.plan import (
     Compute,
     Diagnostic,
+    Key,
     ProgramPlan,
     RegionPlan,
 )
@@ -293,5 +294,6 @@ class _Planner:
         )
         code = scope.code
         if self.on("direct_moves"):
-            code = direct_moves(code, keys, mesh)
+            given = map(Key, region.inputs, inputs)
+            code = direct_moves(code, [*given], keys, mesh)
         return RegionPlan(region, mesh, tuple(inputs), keys, tuple(code))
