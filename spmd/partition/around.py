@@ -13,7 +13,7 @@ from spmd.partition.again import of_nothing
 from spmd.partition.choose import costs, iterations
 from spmd.partition.loops import WORTH
 from spmd.partition.placed import makes, needs
-from spmd.partition.plan import Assignment
+from spmd.partition.plan import UNKNOWN_STEPS, Assignment, steps
 from spmd.partition.reshard import Plan, plan
 from spmd.partition.scope import whole
 from spmd.partition.tensor import Tensor
@@ -196,9 +196,10 @@ class Surroundings:
             self.trips[op.index] = trips
             if op.control is None:
                 continue
-            for inner in op.regions:
-                self._count(inner, trips * op.control.trips(op))
-            if self.planner.on("loop_invariants") and op.control.trips(op) - 1 > WORTH:
+            inner = steps(op, UNKNOWN_STEPS)
+            for body in op.regions:
+                self._count(body, trips * inner)
+            if self.planner.on("loop_invariants") and inner - 1 > WORTH:
                 self.outside.update(_invariants(op))
             for names in _names(op):
                 self.alike.update((v.id, names) for v in names if len(names) > 1)

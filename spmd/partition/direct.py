@@ -11,7 +11,7 @@ the finished code:
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 
 from sharding.mesh import MeshShape
@@ -36,27 +36,34 @@ def direct_moves(
     """
     reads = Counter(key for one in code for key in one.reads)
     reads.update(outputs)
-    there = {*inputs, *(key for one in code for key in one.writes)}
+    written = {*inputs, *(key for one in code for key in one.writes)}
     made = {key: one for one in code for key in one.writes if reads[key] == 1}
+    at_hand = {*inputs}
     dropped: set[int] = set()
     instead: dict[int, Code] = {}
     for after in code:
-        if not isinstance(after, Move) or not after.plan.bytes:
-            continue
         before, chain = _chain(after, made)
-        if before is None or id(before) in instead:
-            continue
-        found = _direct(before, chain, after, mesh)
-        if found and there.isdisjoint(key for one in found[:-1] for key in one.writes):
-            dropped |= {*map(id, (before, *chain))}
+        known = before is None or id(before) in instead
+        found = None if known else _direct(before, chain, after, at_hand, mesh)
+        if found and written.isdisjoint(key for one in found[:-1] for key in one.writes):
+            gone = [one for one in (before, *chain) if one is not None]
+            dropped |= {*map(id, gone)}
             instead[id(after)] = found
+            at_hand -= {key for one in gone for key in one.writes}
+            for key in found[0].reads:
+                made.pop(key, None)  # another reads it now
+        at_hand.update(after.writes)
     return [new for one in code if id(one) not in dropped for new in instead.get(id(one), [one])]
 
 
-def _chain(after: Move, made: dict[Key, Move | Compute]) -> tuple[Move | None, list[Compute]]:
+def _chain(
+    after: Move | Compute, made: dict[Key, Move | Compute]
+) -> tuple[Move | None, list[Compute]]:
     """The operations between a move and the one before, each the only reader of what it reads; None
     where there are none."""
     chain: list[Compute] = []
+    if not isinstance(after, Move) or not after.plan.bytes:
+        return None, chain
     one = made.get(after.reads[0])
     while isinstance(one, Compute) and len(chain) < _LONGEST and _rearranges(one):
         chain.insert(0, one)
@@ -74,9 +81,13 @@ def _array(one: Compute) -> int:
     return next(i for i, v in enumerate(one.op.inputs) if v.rank)
 
 
-def _direct(before: Move, chain: Sequence[Compute], after: Move, mesh: MeshShape) -> Code | None:
-    """One move and the operations, the last of which makes what the second move did; None where
-    that costs more."""
+def _direct(
+    before: Move | None, chain: Sequence[Compute], after: Move | Compute, at_hand: Set[Key],
+    mesh: MeshShape,
+) -> Code | None:  # fmt: skip
+    """One move, or none, and the operations, the last of which makes what the second move did; None
+    where that costs more."""
+    assert isinstance(before, Move) and isinstance(after, Move)
     need, value = after.dst, before.value
     if need.partial or before.src.partial:
         return None
@@ -91,8 +102,9 @@ def _direct(before: Move, chain: Sequence[Compute], after: Move, mesh: MeshShape
         operands[place] = Key(operands[place].value, need)
         code.insert(0, replace(one, assignment=assignment, operands=tuple(operands),
                                results=(result,), asked=()))  # fmt: skip
+    if need == before.src or Key(value, need) in at_hand:
+        return code
     steps = plan(before.src, need, value.shape, value.itemsize, mesh)
     if steps.cost >= before.plan.cost + after.plan.cost:
         return None
-    moved: Code = [] if need == before.src else [replace(before, dst=need, plan=steps)]
-    return [*moved, *code]
+    return [replace(before, dst=need, plan=steps), *code]

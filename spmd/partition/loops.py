@@ -16,12 +16,10 @@ from sharding.spec import Layout
 from spmd import cost
 from spmd.partition.choose import cheapest, iterations
 from spmd.partition.linear import linear_groups, only_reader, reduces, through
-from spmd.partition.plan import Key, Move, RegionPlan
+from spmd.partition.plan import UNKNOWN_STEPS, Key, Move, RegionPlan, steps
 from spmd.partition.regions import Given, Planned, plan_regions
 from spmd.partition.reshard import plan
 
-# Steps of a loop whose number is not known before it runs.
-UNKNOWN_TRIPS = 4
 # Link bytes that a byte of memory has to save.
 WORTH = 16.0
 
@@ -32,10 +30,7 @@ def improved(planner: Any, scope: Any, op: Op, found: Planned) -> Planned:
     Args:
       planner, scope: as for `regions.plan_regions`.
     """
-    if op.control is None or not (op.control.counted or op.control.carries(op)):
-        return found
-    trips = op.control.trips(op)
-    trips = trips if op.control.counted or trips > 1 else UNKNOWN_TRIPS
+    trips = steps(op, UNKNOWN_STEPS)
     if trips < 2:
         return found
     if planner.on("loop_sums"):
@@ -43,7 +38,8 @@ def improved(planner: Any, scope: Any, op: Op, found: Planned) -> Planned:
         inside = _assumed(planner, op, given) | dict(_stacked(planner, op, found, trips))
         found = _better(planner, scope, op, found, given, inside, trips)
     if planner.on("loop_invariants"):
-        for way in (_moved, _sharded):
+        # Of all that are whole then, some are cut again in every step: they are cut before.
+        for way in (_moved, _sharded, _moved):
             given = dict(_invariants(planner, op, found, trips, way))
             found = _better(planner, scope, op, found, given, {}, trips)
     return found
@@ -82,7 +78,7 @@ def _total(planner: Any, scope: Any, op: Op, planned: Planned, trips: int) -> fl
 
 def _region_cost(region: RegionPlan, trips: int) -> float:
     total = 0.0
-    for found, runs in region.walk(trips):
+    for found, runs in region.walk(trips, UNKNOWN_STEPS):
         if isinstance(found, Move):
             total += runs * found.plan.cost
         elif found.rule is not None:

@@ -19,7 +19,7 @@ from sharding.region import Port
 from spmd.partition.around import Surroundings, as_tensors, lying, waited, work
 from spmd.partition.choose import costs
 from spmd.partition.placed import makes, needs
-from spmd.partition.plan import Diagnostic, Move, ProgramPlan, RegionPlan
+from spmd.partition.plan import UNKNOWN_STEPS, Diagnostic, Move, ProgramPlan, RegionPlan
 from spmd.partition.stretch import WINDOW, Stretch
 
 # What a program has to save, as a part of what it sends; and what it may send for less work.
@@ -140,7 +140,7 @@ def cheaper(moved: RegionPlan, other: RegionPlan, waits: Mapping[str, float]) ->
 def _spent(body: RegionPlan, waits: Mapping[str, float]) -> tuple[float, float]:
     """What a plan moves, and what it multiplies."""
     moves = works = 0.0
-    for one, runs in body.walk():
+    for one, runs in body.walk(unknown=UNKNOWN_STEPS):
         if isinstance(one, Move):
             moves += runs * waited(one.plan, waits)
         elif one.rule is not None:

@@ -139,6 +139,24 @@ class Compute:
         return None if self.op.control else self.op.rule
 
 
+# What a loop is taken for when something is decided of whose steps nobody knows the number: solvers
+# that iterate until an error is small take tens.
+UNKNOWN_STEPS = 32
+
+
+def steps(op: Op, unknown: int = 1) -> int:
+    """How often the regions of an equation run.
+
+    Args:
+      unknown: of a loop of which nobody knows.
+    """
+    control = op.control
+    if control is None:
+        return 1
+    told = control.trips(op)
+    return told if told != 1 or control.counted or not control.carries(op) else unknown
+
+
 @dataclass(frozen=True)
 class RegionPlan:
     """Instructions of one region, the axes they may use, and the layouts at its boundary."""
@@ -149,15 +167,19 @@ class RegionPlan:
     outputs: tuple[Key, ...]
     code: tuple[Move | Compute, ...]
 
-    def walk(self, trips: int = 1) -> Iterator[tuple[Move | Compute, int]]:
-        """Every instruction with how often it runs, those of nested regions included."""
+    def walk(self, trips: int = 1, unknown: int = 1) -> Iterator[tuple[Move | Compute, int]]:
+        """Every instruction with how often it runs, those of nested regions included.
+
+        Args:
+          trips: how often the region does.
+          unknown: how often loops do of which nobody knows.
+        """
         for instruction in self.code:
             yield instruction, trips
             if isinstance(instruction, Compute) and instruction.regions:
-                control = instruction.op.control
-                inner = trips * (control.trips(instruction.op) if control else 1)
+                inner = trips * steps(instruction.op, unknown)
                 for region in instruction.regions:
-                    yield from region.walk(inner)
+                    yield from region.walk(inner, unknown)
 
 
 @dataclass(frozen=True)

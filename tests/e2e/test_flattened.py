@@ -81,6 +81,29 @@ def test_so_is_what_is_rearranged_further(between: Callable[[Any], Any]) -> None
     assert kinds(planned) == {("all_gather", ("seq",)): (1, GATHERED)}
 
 
+def test_what_is_narrower_after_a_cast_is_gathered_there() -> None:
+    def fun(x: Any, w: Any) -> Any:
+        return flat(x).astype(jnp.bfloat16) @ w
+
+    args = draw(*SHAPE), draw(WIDTH, 256).astype(jnp.bfloat16)
+    places = (PLACE, P(None, "seq")), P("data", "seq")
+    planned = check(fun, args, make_mesh(data=2, seq=4), *places, tolerance=0.02)
+    assert kinds(planned) == {
+        ("all_to_all", ("seq",)): (1, GATHERED / 4),
+        ("all_gather", ("seq",)): (1, GATHERED / 2),
+    }
+
+
+def test_what_others_gathered_is_flattened_for_nothing() -> None:
+    def fun(x: Any, w: Any) -> Any:
+        return shard(x, "data", None, None) * 2, layer(x, w)
+
+    args = draw(*SHAPE), draw(WIDTH, 256)
+    places = (PLACE, P(None, "seq")), (P("data"), P("data", None, "seq"))
+    planned = check(fun, args, make_mesh(data=2, seq=4), *places)
+    assert kinds(planned) == {("all_gather", ("seq",)): (1, GATHERED)}
+
+
 def test_what_another_reads_as_it_is_exchanged_stays_so() -> None:
     """The flat tokens are a result as well, which no move of the operand makes."""
 

@@ -14,7 +14,7 @@ from sharding import ArgumentError, P, shard
 from spmd import target
 from spmd.options import PASSES
 from spmd.partition.stacks import own_stacks
-from tests.oracle import check, make_mesh
+from tests.oracle import check, kinds, make_mesh
 
 STEPS = 40
 
@@ -305,3 +305,22 @@ def test_what_is_gathered_after_a_loop_is_gathered_before_it(after: bool) -> Non
     args, specs = (arr(16, 16), arr(32, 16)), (P(None, "y"), P("y"))
     planned = check(fun, args, make_mesh(y=8), specs, P("y"))
     assert sent(planned) == {"all_gather": 1 if after else 4}
+
+
+def test_a_loop_that_ends_when_it_has_converged_gathers_its_weights_once() -> None:
+    """Nobody knows how often it runs: tens of times, solvers do. What is cut again in each step
+    stays as it is."""
+
+    def fixed_point(w: Any, x: Any) -> Any:
+        def step(state: Any) -> Any:
+            z = jnp.tanh(state[0] @ w + x)
+            return z, jnp.abs(z - state[0]).max()
+
+        return lax.while_loop(lambda s: s[1] > 1e-3, step, (jnp.zeros_like(x), jnp.float32(1)))[0]
+
+    w = np.full((512, 512), 1e-3, np.float32)
+    x = np.random.default_rng(0).standard_normal((64, 512), np.float32)
+    planned = check(fixed_point, (w, x), make_mesh(d=8), (P("d"), P("d")), P("d"))
+    assert kinds(planned) == {
+        ("all_gather", ("d",)): (1, w.nbytes * 7 / 8), ("all_reduce", ("d",)): (1, 7.0),
+    }  # fmt: skip
