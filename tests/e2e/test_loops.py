@@ -324,3 +324,18 @@ def test_a_loop_that_ends_when_it_has_converged_gathers_its_weights_once() -> No
     assert kinds(planned) == {
         ("all_gather", ("d",)): (1, w.nbytes * 7 / 8), ("all_reduce", ("d",)): (1, 7.0),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("steps", "gathers"), [(3, 3), (40, 1)])
+def test_a_while_loop_that_counts_gathers_as_a_scan_does(steps: int, gathers: int) -> None:
+    """In a few steps weights that are whole are not worth their memory."""
+
+    def fun(w: Any, x: Any) -> Any:
+        def step(state: Any) -> Any:
+            return state[0] + 1, jnp.tanh(state[1] @ w)
+
+        return lax.while_loop(lambda s: s[0] < steps, step, (0, x))[1]
+
+    w, x = arr(256, 256), arr(4096, 256)
+    planned = check(fun, (w, x), make_mesh(d=8), (P("d"), P("d")), P("d"))
+    assert kinds(planned) == {("all_gather", ("d",)): (gathers, gathers * w.nbytes * 7 / 8)}

@@ -63,6 +63,7 @@ UNCOUNTED = [
     lambda x: lax.fori_loop(0, x[0].astype(int), lambda i, x: x * 2.0, x),
     lambda x: lax.while_loop(lambda s: s[0] < s[1], lambda s: (s[0] + 1, s[1] - 1, s[2]),
                              (0, 9, x))[2],
+    lambda x: lax.while_loop(lambda s: s[0] < 5, lambda s: (s[1] + 1, s[0], s[2]), (0, 3, x))[2],
 ]  # fmt: skip
 
 
