@@ -10,7 +10,8 @@ from sharding.errors import ArgumentError, Problem
 from spmd import chips, cost
 from spmd.chips import EXCHANGES_AHEAD, Chip
 from spmd.cost import Traits
-from spmd.estimate.fusion import ANY, Compiler
+from spmd.estimate.fusion import ANY, Compiler, held
+from spmd.estimate.roofline import compute_seconds
 from spmd.estimate.tiles import COLUMNS
 from spmd.estimate.work import lines, totals
 from spmd.options import Options
@@ -126,6 +127,8 @@ _PURPOSES = {
     "bounded_schedule": "an order of operations within memory_limit, which TPUs are asked for",
     "streams": "sums of two streams that stay two, which TPUs are asked for",
 }
+# Communication that is no more than this part of a program is waited for.
+_NEXT_TO_NOTHING = 1 / 64
 # Exchanges that are no more than this part of all that is sent are waited for.
 _FEW = 1 / 32
 # Sums of this many bytes are not combined: XLA for TPUs makes one of those of two streams.
@@ -140,11 +143,26 @@ def _told(options: Options, plan: ProgramPlan | None = None) -> dict[str, dict[s
     if chip is None:
         return {}
     asked = dict(chip.options)
+    if asked and plan is not None and not _waits(plan, chip):
+        asked.clear()
     if EXCHANGES_AHEAD in asked and plan is not None and not _exchanges(plan):
         del asked[EXCHANGES_AHEAD]
     found = {"async_collectives": asked, "bounded_schedule": _schedule(chip, options)}
     found["streams"] = _APART if plan is not None and streams(plan) else {}
     return {name: told for name, told in found.items() if told and options.on(name)}
+
+
+def _waits(plan: ProgramPlan, chip: Chip) -> bool:
+    """Whether collectives take enough of a program to run beside computation: where they take next
+    to nothing, XLA's scheduler holds copies of what is needed much later, to have something to do
+    meanwhile. Scatters need those that reduce them."""
+    found = lines(plan)
+    kept = held(plan, found, Compiler.of(chip))
+    computed = sum(line.trips * compute_seconds(line, kept, chip) for line in found)
+    sent = totals(found)
+    seconds = chip.ring_seconds(sum(size for _, size in sent.values()))
+    scatters = any(kind == "reduce_scatter" for kind, _ in sent)
+    return scatters or seconds > _NEXT_TO_NOTHING * (computed + seconds)
 
 
 def _exchanges(plan: ProgramPlan) -> bool:

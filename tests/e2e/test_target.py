@@ -120,6 +120,28 @@ def test_few_exchanges_are_waited_for(
     assert EXCHANGES_AHEAD in compiler_options(Options(make_mesh(x=4)))
 
 
+@pytest.mark.parametrize(
+    "name, fun, asked",
+    [
+        ("sum", lambda x, w: jnp.tanh(x @ w).sum(), False),
+        ("rows", lambda x, w: jnp.tanh(x @ w), True),
+        ("scatter", lambda x, w: (jnp.tanh(x @ w).sum(0), x.T[:, :8] @ x[:8]), True),
+    ],
+)
+def test_where_communication_is_next_to_nothing_the_compiler_is_left_as_it_is(
+    name: str, fun: Any, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would copy early what is needed late. Scatters need the SparseCores."""
+    chip = dataclasses.replace(CHIPS["v5p"], kind=CHIPS["cpu"].kind)
+    monkeypatch.setitem(CHIPS, "cpu", chip)
+    mesh = make_mesh(x=4)
+    outs = (P("x"), P()) if name == "scatter" else P()
+    function = spmd.jit(fun, mesh=mesh, in_shardings=(P("x"), P()), out_shardings=outs)
+    plan = function.trace(np.ones((4096, 512)), np.ones((512, 512))).propagate().partition().plan
+    assert bool(compiler_options(Options(mesh), plan)) == asked
+    assert compiler_options(Options(mesh))
+
+
 def test_exchanges_that_the_user_wrote_are_started_too(monkeypatch: pytest.MonkeyPatch) -> None:
     chip = dataclasses.replace(CHIPS["v5e"], kind=CHIPS["cpu"].kind)
     monkeypatch.setitem(CHIPS, "cpu", chip)
@@ -136,7 +158,7 @@ def test_exchanges_that_the_user_wrote_are_started_too(monkeypatch: pytest.Monke
 
 def test_a_compiler_that_does_not_understand_is_explained(told: None) -> None:
     x = np.arange(8, dtype=np.float32)
-    options = {"mesh": make_mesh(x=2), "in_shardings": P("x")}
+    options = {"mesh": make_mesh(x=2), "in_shardings": P("x"), "out_shardings": P()}
     with pytest.raises(ArgumentError) as error:
         spmd.jit(jnp.tanh, **options)(x)
     lines = str(error.value).splitlines()
