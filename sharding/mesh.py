@@ -230,8 +230,11 @@ def merge_refs(mesh: MeshShape, refs: tuple[str, ...]) -> tuple[str, ...]:
             if last == name and last_size is not None and last_pre * last_size == pre:
                 joined = last_size * size
                 whole = last_pre == 1 and joined == sizes.get(name)
-                merged[-1] = name if whole else f"{name}:({last_pre}){joined}"
-                continue
+                part = f"{name}:({last_pre}){joined}"
+                # Not across two axes of a refined mesh, of which it would be no part.
+                if whole or any(_contains(axis, part) for axis in sizes):
+                    merged[-1] = name if whole else part
+                    continue
         merged.append(ref)
     return tuple(merged)
 

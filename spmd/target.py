@@ -16,7 +16,7 @@ from spmd.estimate.tiles import COLUMNS
 from spmd.estimate.work import lines, totals
 from spmd.options import Options
 from spmd.partition.combined import combine_small
-from spmd.partition.plan import ProgramPlan
+from spmd.partition.plan import Compute, ProgramPlan, steps
 from spmd.partition.products import keep_products
 from spmd.partition.scatters import by_rows, split_scatters
 from spmd.partition.stacks import own_stacks
@@ -156,6 +156,8 @@ def _waits(plan: ProgramPlan, chip: Chip) -> bool:
     """Whether collectives take enough of a program to run beside computation: where they take next
     to nothing, XLA's scheduler holds copies of what is needed much later, to have something to do
     meanwhile. Scatters need those that reduce them."""
+    if any(isinstance(one, Compute) and not steps(one.op, 0) for one, _ in plan.body.walk()):
+        return True  # of a loop nobody knows how often it runs
     found = lines(plan)
     kept = held(plan, found, Compiler.of(chip))
     computed = sum(line.trips * compute_seconds(line, kept, chip) for line in found)

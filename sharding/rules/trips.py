@@ -6,6 +6,8 @@ write themselves. What is done in each of their steps weighs as often as they ru
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from sharding import _jax
 
 p = _jax.primitives
@@ -63,16 +65,22 @@ def trips_of_while(op: Any) -> int:
         first = start[number.carry]
         return first + number.plus if stays and first is not None else None
 
-    return _count(test, left, fixed(right), steps, start)
+    dtype = made.invars[0].aval.dtype
+    return _count(test, left, fixed(right), steps, start, dtype)
 
 
-def _count(test: Any, left: _Number, bound: int | None, steps: Any, start: Any) -> int:
+def _count(
+    test: Any, left: _Number, bound: int | None, steps: Any, start: Any, dtype: Any
+) -> int:
     if left.carry is None or bound is None or start[left.carry] is None:
         return 1
-    step, first = steps[left.carry], start[left.carry] + left.plus
+    limits, step, first = np.iinfo(dtype), steps[left.carry], start[left.carry] + left.plus
     up = test in (p.lt_p, p.le_p)
     if step is None or step.carry != left.carry or (step.plus <= 0 if up else step.plus >= 0):
         return 1
+    last = bound + step.plus
+    if min(first, bound, last) < limits.min or max(first, bound, last) > limits.max:
+        return 1  # it wraps around
     return max(_STEPS[test](first, bound, step.plus), 0)
 
 
@@ -97,22 +105,23 @@ def _numbers(closed: Any, consts: list[int | None]) -> Any:
 
     for eqn in jaxpr.eqns:
         found = [read(v) for v in eqn.invars]
-        made = _sum(eqn.primitive, found)
+        made = _sum(eqn, found)
         if made is not None:
             known[eqn.outvars[0]] = made
     return read
 
 
-def _sum(primitive: Any, found: list[_Number | None]) -> _Number | None:
-    if primitive in (p.add_p, p.sub_p) and None not in found:
+def _sum(eqn: Any, found: list[_Number | None]) -> _Number | None:
+    if eqn.primitive in (p.add_p, p.sub_p) and None not in found:
         a, b = found
         assert a is not None and b is not None
-        if primitive is p.sub_p:
+        if eqn.primitive is p.sub_p:
             return _Number(a.carry, a.plus - b.plus) if b.carry is None else None
         if a.carry is None or b.carry is None:
             return _Number(a.carry if b.carry is None else b.carry, a.plus + b.plus)
-    if primitive is p.convert_element_type_p:
-        return found[0]
+    if eqn.primitive is p.convert_element_type_p:
+        before, after = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+        return found[0] if np.can_cast(before, after) else None
     return None
 
 

@@ -11,6 +11,7 @@ from sharding.rule import Kind, Rule
 from sharding.spec import Layout
 from spmd.partition.again import of_nothing
 from spmd.partition.choose import costs, iterations
+from spmd.partition.linear import only_reader
 from spmd.partition.loops import WORTH
 from spmd.partition.placed import makes, needs
 from spmd.partition.plan import UNKNOWN_STEPS, Assignment, steps
@@ -20,6 +21,11 @@ from spmd.partition.tensor import Tensor
 
 # Operations that weigh as much as a byte on a link: a tenth of what a chip multiplies in its time.
 FLOPS_PER_BYTE = 256.0
+# In loops of more steps than this it counts how often something is sent, and not only how much:
+# each time a device waits for the others, for as long as this many bytes take (5 us on TPU v5p).
+STEPS, LATENCY = 32, 1 << 19
+# Operations between a sum and what it is added to.
+_FEW = 4
 # What it counts for a loop to bring somewhere what could be there before it.
 RATHER = 1.01
 
@@ -57,6 +63,11 @@ def lying(planner: Any, value: Value) -> Layout:
     return planner.wanted(value) if value.const is None else whole(value)
 
 
+def delay(runs: float) -> float:
+    """What it costs that something is sent so often, in bytes on a link."""
+    return runs * LATENCY if runs > STEPS else 0.0
+
+
 class Way(NamedTuple):
     """How an equation runs.
 
@@ -64,11 +75,13 @@ class Way(NamedTuple):
       work: of a product, in bytes on a link.
       brought: what brings its results to where they are wanted.
       needs: layouts of its operands.
+      sends: whether that sends anything.
     """
 
     work: float
     brought: float
     needs: tuple[Layout, ...]
+    sends: bool
 
     @property
     def cost(self) -> float:
@@ -147,10 +160,11 @@ class Surroundings:
     def _way(self, op: Op, operands: Sequence[Layout], results: Sequence[Layout]) -> Way:
         ins, outs = as_tensors(op.inputs, operands), as_tensors(op.outputs, results)
         assignment, _ = costs(op.rule, ins, outs, self.mesh)
-        made = zip(makes(op.rule, assignment, self.mesh), results, op.outputs, strict=True)
+        made = [*zip(makes(op.rule, assignment, self.mesh), results, op.outputs, strict=True)]
         brought = sum(self.moving(layout, wanted, value) for layout, wanted, value in made)
+        sends = any(self.sends(layout, wanted, value) for layout, wanted, value in made)
         works = work(op.rule, assignment, self.mesh)
-        return Way(works, brought, needs(op.rule, assignment, ins, self.mesh))
+        return Way(works, brought, needs(op.rule, assignment, ins, self.mesh), sends)
 
     def sent(self, op: Op) -> float:
         """What all runs of an equation send of its operands and results, as they are wanted."""
@@ -174,13 +188,38 @@ class Surroundings:
     def runs(self, op: Op, operands: Sequence[Layout], way: Way) -> float:
         """What all runs of an equation cost, what it reads not counted: as often as it runs, or
         what it takes from is gathered once before a loop."""
-        found = self.trips[op.index] * way.cost
+        trips = self.trips[op.index]
+        waits = way.sends and not self.added(op)
+        found = trips * way.cost + (delay(trips) if waits else 0.0)
         if op.rule.flops or not way.brought:
             return found
         lie = [(v, at) for v, at in zip(op.inputs, operands, strict=True) if at.used]
         if not all(v.id in self.outside for v, _ in lie):
             return found
-        return min(found, sum(self.often(v) * self.moving(at, whole(v), v) for v, at in lie))
+        return min(found, sum(self.bringing(at, whole(v), v) for v, at in lie))
+
+    def added(self, op: Op) -> bool:
+        """Whether what an equation makes is only added to something: a loop that only adds it up
+        reduces it once, after its last step."""
+        for _ in range(_FEW if self.planner.on("loop_sums") else 0):
+            found = only_reader(self.program, op.outputs[0]) if len(op.outputs) == 1 else None
+            if found is None or not found[0].rule.linear:
+                return False
+            op = found[0]
+            if any(len(group) > 1 for group in op.rule.linear):
+                return True
+        return False
+
+    def bringing(self, src: Layout, dst: Layout, value: Value) -> float:
+        """What it costs to do so as often as it is done."""
+        times, once = self.often(value), self.moving(src, dst, value)
+        return times * once + (delay(times) if once and self.sends(src, dst, value) else 0.0)
+
+    def sends(self, src: Layout, dst: Layout, value: Value) -> bool:
+        """Whether that takes a collective, and not only a slice."""
+        if src == dst or self.of_nothing(value):
+            return False
+        return plan(src, dst, value.shape, value.itemsize, self.mesh).bytes > 0
 
     def moving(self, src: Layout, dst: Layout, value: Value) -> float:
         """What it costs to bring a value from one layout to another."""

@@ -94,6 +94,8 @@ def _direct(
     code: Code = []
     for one in reversed(chain):
         rule, place, operands = one.op.rule, _array(one), list(one.operands)
+        if one.assignment.carried or not need.used <= {axis for axis, _ in mesh.axes}:
+            return None
         assignment = forced(rule, need, mesh)
         if makes(rule, assignment, mesh) != (need,) or rule.alone.keys() & assignment.axes:
             return None  # there, or what crosses shards would be exchanged

@@ -38,11 +38,20 @@ def improved(planner: Any, scope: Any, op: Op, found: Planned) -> Planned:
         inside = _assumed(planner, op, given) | dict(_stacked(planner, op, found, trips))
         found = _better(planner, scope, op, found, given, inside, trips)
     if planner.on("loop_invariants"):
-        # Of all that are whole then, some are cut again in every step: they are cut before.
-        for way in (_moved, _sharded, _moved):
-            given = dict(_invariants(planner, op, found, trips, way))
-            found = _better(planner, scope, op, found, given, {}, trips)
+        moved = found = _tried(planner, scope, op, found, trips, _moved)
+        found = _tried(planner, scope, op, found, trips, _sharded)
+        if found is not moved:  # of all that are whole now, some are cut again in every step
+            found = _tried(planner, scope, op, found, trips, _moved)
     return found
+
+
+def _tried(
+    planner: Any, scope: Any, op: Op, found: Planned, trips: int,
+    way: Callable[..., Layout | None],
+) -> Planned:  # fmt: skip
+    """The cheaper of a plan, and the one with what stays the same brought elsewhere before."""
+    given = dict(_invariants(planner, op, found, trips, way))
+    return _better(planner, scope, op, found, given, {}, trips)
 
 
 def _better(

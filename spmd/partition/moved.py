@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from sharding.program import Op, Value
 from sharding.region import Port
-from spmd.partition.around import Surroundings, as_tensors, lying, waited, work
+from spmd.partition.around import Surroundings, as_tensors, delay, lying, waited, work
 from spmd.partition.choose import costs
 from spmd.partition.placed import makes, needs
 from spmd.partition.plan import UNKNOWN_STEPS, Diagnostic, Move, ProgramPlan, RegionPlan
@@ -71,6 +71,7 @@ def move_axes(planner: Any) -> Moved:
       planner: `planner._Planner`.
     """
     starts = [start for op in planner.propagated.program.ops() for start in _starts(planner, op)]
+    starts.sort(key=lambda start: start.port is not None)  # loops see more, and take more looks
     if not starts:
         return Moved()
     around = Surroundings(planner)
@@ -142,7 +143,7 @@ def _spent(body: RegionPlan, waits: Mapping[str, float]) -> tuple[float, float]:
     moves = works = 0.0
     for one, runs in body.walk(unknown=UNKNOWN_STEPS):
         if isinstance(one, Move):
-            moves += runs * waited(one.plan, waits)
+            moves += runs * waited(one.plan, waits) + (delay(runs) if one.plan.bytes else 0.0)
         elif one.rule is not None:
             works += runs * work(one.rule, one.assignment, body.mesh)
     return moves, works

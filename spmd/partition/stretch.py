@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 from sharding.mesh import axes_size, overlap
 from sharding.program import Op, Value
+from sharding.rule import Kind
 from sharding.spec import Layout
-from spmd.partition.around import Flow, Surroundings, Way, lying
+from spmd.partition.around import STEPS, Flow, Surroundings, Way, lying
 from spmd.partition.cut import Edge, source_side
 
 # Equations that are decided together; further ones stay as they are.
@@ -211,7 +212,20 @@ class Stretch:
             return False
         if rule.annotation is not None and not rule.annotation.all_open:
             return False
+        if self.around.trips[op.index] > STEPS and self._exchanges(op):
+            return False
         return all(self.layouts(v)[1] is not None for v in (*op.inputs, *op.outputs))
+
+    def _exchanges(self, op: Op) -> bool:
+        """Whether an operation would send along the dim by itself, as a roll or a sort does."""
+        rule = op.rule
+        dims = [self.around.dims(v) for v in op.inputs]
+        along = {name for name, where in rule.where.items() for t, d in where
+                 if t < len(dims) and dims[t][d] == self.dim}  # fmt: skip
+        special = rule.local_when if rule.flops and rule.local_when else frozenset[str]()
+        kinds = {name: rule.factors[name].kind for name in along}
+        return any(kind is Kind.PERMUTE or (kind is Kind.PASS and name in special)
+                   for name, kind in kinds.items())  # fmt: skip
 
     def _at(self, value: Value, there: bool) -> Layout:
         here, other = self.layouts(value)
@@ -220,12 +234,10 @@ class Stretch:
     def _read(self, read: _Read, readers: list[Hashable]) -> Iterator[Edge]:
         """Bringing a value to its readers that have the axis on the one dim, or on the other."""
         value, need, there = read
-        made, trips = self.node(value), self.around.often(value)
-        node = ("read", value.id, need, there)
-        stays = trips * self.around.moving(self._at(value, False), need, value)
-        moved = stays
+        made, node = self.node(value), ("read", value.id, need, there)
+        moved = stays = self.around.bringing(self._at(value, False), need, value)
         if self.has(value):
-            moved = trips * self.around.moving(self._at(value, True), need, value)
+            moved = self.around.bringing(self._at(value, True), need, value)
         if there:
             yield node, _SINK, moved
             yield from ((reader, node, math.inf) for reader in readers)
@@ -246,8 +258,7 @@ class Stretch:
             yield node, _SINK, math.inf
             return
         if value.id in self.around.ends or outside:
-            back = self.around.moving(other or here, here, value)
-            yield node, _SINK, self.around.made[value.id] * back
+            yield node, _SINK, self.around.bringing(other or here, here, value)
         for flow in self.around.flows.get(value.id, ()):
             decided = self.has(flow.target)
             reader = self.node(flow.target) if decided else _SINK

@@ -290,3 +290,16 @@ def test_values(fun: Callable[[Any], Any], place: Any) -> None:
         x = draw(BATCH, LENGTH, WIDTH)[:batch] if fun is not columns else draw(*SHAPE)
         if place[0] is None or batch % 4 == 0:
             check(fun, (x,), make_mesh(data=2, seq=4), (place,), place)
+
+
+@pytest.mark.parametrize("split", [(2, 4), (4, 2), (2, 2, 2), (2, 12)])
+@pytest.mark.parametrize("outs", [P("s"), None], ids=["sharded", "free"])
+def test_a_sharded_dim_that_is_split_turned_and_joined(split: tuple[int, ...], outs: Any) -> None:
+    """Its parts change places: an axis is cut in two ways, of which the one is no part of the
+    other."""
+
+    def fun(x: Any) -> Any:
+        turned = x.reshape(*split, -1).transpose(*reversed(range(len(split))), len(split))
+        return turned.reshape(x.shape) * 2
+
+    check(fun, (draw(int(np.prod(split)), 16),), make_mesh(s=8), (P("s"),), outs)

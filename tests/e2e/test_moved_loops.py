@@ -118,7 +118,17 @@ def branching(x: Any) -> Any:
     return lax.scan(step, (0, jnp.zeros(WIDTH)), x)[1]
 
 
-@pytest.mark.parametrize("fun", [indexed, written, counted, overwritten, branching])
+def noisy(x: Any) -> Any:
+    """Every device draws its columns of the noise."""
+
+    def step(c: Any, row: Any) -> Any:
+        return smooth(c, row["x"] + jax.random.normal(row["key"], c.shape))
+
+    keys = jax.random.split(jax.random.key(0), len(x))
+    return lax.scan(step, jnp.zeros(WIDTH), {"x": x, "key": keys})[1]
+
+
+@pytest.mark.parametrize("fun", [indexed, written, counted, overwritten, branching, noisy])
 def test_so_does_what_a_loop_takes_from_rows_or_writes_to_them(fun: Callable[[Any], Any]) -> None:
     planned = check(fun, (X,), make_mesh(s=8), (P("s"),), P("s"))
     assert kinds(planned) == {("all_to_all", ("s",)): (2, 2 * ONCE)}
@@ -132,6 +142,46 @@ def test_the_gradient_of_indexed_rows_comes_back_by_columns() -> None:
 
     planned = check(fun, (X,), make_mesh(s=8), (P("s"),), P("s"))
     assert kinds(planned) == {("all_to_all", ("s",)): (2, 2 * ONCE)}
+
+
+NORMAL = 1024
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda c, row: (c * 0.9 + row) / (1 + jnp.linalg.norm(c)),
+        lambda c, row: c[::-1] * 0.9 + row,
+        lambda c, row: jnp.roll(c, 1) * 0.9 + row,
+        lambda c, row: jnp.cumsum(c) * 0.1 + row,
+        lambda c, row: jnp.sort(c) * 0.9 + row,
+        lambda c, row: jax.nn.softmax(c + row),
+    ],
+    ids=["norm", "reversed", "rolled", "summed up", "sorted", "softmax"],
+)
+def test_steps_that_would_wait_for_one_another_are_not_cut(step: Callable[[Any, Any], Any]) -> None:
+    """Columns meet in each of 4,096 steps: a gather takes less than as many sums of a few bytes."""
+
+    def fun(x: Any) -> Any:
+        return lax.scan(lambda c, row: (step(c, row),) * 2, jnp.zeros(NORMAL), x)[1]
+
+    x = jax.ShapeDtypeStruct((4096, NORMAL), jnp.float32)
+    stage = spmd.jit(fun, mesh=make_mesh(s=8), in_shardings=P("s"), out_shardings=P("s"))
+    found = kinds(stage.trace(x).propagate().partition())
+    assert found == {("all_gather", ("s",)): (1, 4096 * NORMAL * 4 * 7 / 8)}
+
+
+def test_a_cell_that_normalises_runs_by_examples_where_they_divide() -> None:
+    def fun(x: Any) -> Any:
+        def step(c: Any, row: Any) -> Any:
+            c = jax.nn.standardize(c * 0.5 + row)
+            return c, c
+
+        return lax.scan(step, jnp.zeros(x.shape[1:]), x)[1]
+
+    x = arr(TIME, 8, WIDTH)
+    planned = check(fun, (x,), make_mesh(s=8), (P("s"),), P("s"), tolerance=1e-4)
+    assert kinds(planned) == {("all_to_all", ("s",)): (2, 2 * x.nbytes / 8 * 7 / 8)}
 
 
 def gru(w: Any, x: Any) -> Any:

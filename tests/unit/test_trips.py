@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
@@ -64,6 +65,10 @@ UNCOUNTED = [
     lambda x: lax.while_loop(lambda s: s[0] < s[1], lambda s: (s[0] + 1, s[1] - 1, s[2]),
                              (0, 9, x))[2],
     lambda x: lax.while_loop(lambda s: s[0] < 5, lambda s: (s[1] + 1, s[0], s[2]), (0, 3, x))[2],
+    loop(lambda i: i.astype(jnp.int8) < 100, lambda i: i + 1, 200),
+    loop(lambda i: i < 250, lambda i: i + np.uint8(100), np.uint8(0)),
+    loop(lambda i: i - np.uint32(1) < 5, lambda i: i + np.uint32(1), np.uint32(0)),
+    loop(lambda i: i - np.int8(100) < 100, lambda i: i + np.int8(1), np.int8(-100)),
 ]  # fmt: skip
 
 
