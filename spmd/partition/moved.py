@@ -124,7 +124,7 @@ def spent(body: RegionPlan, waits: Mapping[str, float]) -> float:
     Args:
       waits: see `Traits`.
     """
-    return sum(_spent(body, waits))
+    return sum(_spent(body, waits, delays=False))
 
 
 def cheaper(moved: RegionPlan, other: RegionPlan, waits: Mapping[str, float]) -> bool:
@@ -138,12 +138,19 @@ def cheaper(moved: RegionPlan, other: RegionPlan, waits: Mapping[str, float]) ->
     return after + works < before + worked - WORTH * before and after < MOST * before
 
 
-def _spent(body: RegionPlan, waits: Mapping[str, float]) -> tuple[float, float]:
-    """What a plan moves, and what it multiplies."""
+def _spent(
+    body: RegionPlan, waits: Mapping[str, float], delays: bool = True
+) -> tuple[float, float]:
+    """What a plan moves, and what it multiplies.
+
+    Args:
+      delays: whether it counts how often something is sent in loops of many steps.
+    """
     moves = works = 0.0
     for one, runs in body.walk(unknown=UNKNOWN_STEPS):
         if isinstance(one, Move):
-            moves += runs * waited(one.plan, waits) + (delay(runs) if one.plan.bytes else 0.0)
+            moves += runs * waited(one.plan, waits)
+            moves += delay(runs) if delays and one.plan.bytes else 0.0
         elif one.rule is not None:
             works += runs * work(one.rule, one.assignment, body.mesh)
     return moves, works

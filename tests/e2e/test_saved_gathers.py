@@ -119,7 +119,7 @@ def test_what_takes_memory_is_given_up_where_there_is_none() -> None:
 
         return jax.lax.scan(add, jnp.zeros_like(w), xs)[0]
 
-    args = (arr(128, 64), arr(40, 16, 128))
+    args = (arr(64, 64), arr(40, 64, 64))
     ins, outs = (P("fsdp"), P(None, "fsdp")), P("fsdp")
 
     def at(limit: int | None, *off: str) -> spmd.Partitioned:
