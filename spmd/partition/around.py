@@ -211,12 +211,12 @@ class Surroundings:
         return False
 
     def bringing(self, src: Layout, dst: Layout, value: Value) -> float:
-        """What it costs to do so as often as it is done."""
+        """What it costs to bring a value from one layout to another, as often as it is done."""
         times, once = self.often(value), self.moving(src, dst, value)
         return times * once + (delay(times) if once and self.sends(src, dst, value) else 0.0)
 
     def sends(self, src: Layout, dst: Layout, value: Value) -> bool:
-        """Whether that takes a collective, and not only a slice."""
+        """Whether bringing it there takes a collective, and not only a slice."""
         if src == dst or self.of_nothing(value):
             return False
         return plan(src, dst, value.shape, value.itemsize, self.mesh).bytes > 0
