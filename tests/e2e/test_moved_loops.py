@@ -144,6 +144,43 @@ def test_the_gradient_of_indexed_rows_comes_back_by_columns() -> None:
     assert kinds(planned) == {("all_to_all", ("s",)): (2, 2 * ONCE)}
 
 
+def test_what_steps_only_add_up_is_reduced_once_and_does_not_keep_them() -> None:
+    """The gradient of a decay that all share: a sum of examples in each step, but only added."""
+
+    def loss(decay: Any, x: Any) -> Any:
+        def step(c: Any, row: Any) -> Any:
+            c = c * jax.nn.sigmoid(decay) + row
+            return c, c
+
+        return (lax.scan(step, jnp.zeros(x.shape[1:]), x)[1] ** 2).mean()
+
+    decay, x = arr(6), arr(TIME, 128, 6)
+    places = P(), P("s")
+    planned = check(jax.grad(loss, (0, 1)), (decay, x), make_mesh(s=8), places, places)
+    assert kinds(planned) == {
+        ("all_to_all", ("s",)): (2, 2 * x.nbytes / 8 * 7 / 8),
+        ("all_reduce", ("s",)): (1, 2 * decay.nbytes * 7 / 8),
+    }
+
+
+def test_slices_of_what_all_have_are_no_reason_to_stay() -> None:
+    """A Kalman filter of 32 series: its matrix is whole, gains and variances are of each."""
+
+    def filtered(z: Any) -> Any:
+        def step(state: Any, row: Any) -> Any:
+            mean, spread = state
+            mean, spread = mean @ (jnp.eye(4) * 0.9), spread * 0.81 + 0.1
+            gain = spread / (spread + 1)
+            mean = mean + gain[:, None] * (row - mean)
+            return (mean, (1 - gain) * spread), mean
+
+        return lax.scan(step, (jnp.zeros(z.shape[1:]), jnp.ones(z.shape[1])), z)[1]
+
+    z = arr(TIME, 32, 4)
+    planned = check(filtered, (z,), make_mesh(s=8), (P("s"),), P("s"))
+    assert kinds(planned) == {("all_to_all", ("s",)): (2, 2 * z.nbytes / 8 * 7 / 8)}
+
+
 NORMAL = 1024
 
 
