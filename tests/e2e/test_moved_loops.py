@@ -11,6 +11,7 @@ from jax import lax
 
 import spmd
 from sharding import P
+from spmd.partition import around, moved
 from tests.oracle import check, kinds, make_mesh
 
 RNG = np.random.default_rng(0)
@@ -142,6 +143,18 @@ def test_the_gradient_of_indexed_rows_comes_back_by_columns() -> None:
 
     planned = check(fun, (X,), make_mesh(s=8), (P("s"),), P("s"))
     assert kinds(planned) == {("all_to_all", ("s",)): (2, 2 * ONCE)}
+
+
+@pytest.mark.parametrize("steps", [around.STEPS, around.STEPS + 1])
+def test_how_often_something_is_sent_counts_in_loops_of_many_steps(steps: int) -> None:
+    def fun(x: Any) -> Any:
+        return lax.fori_loop(0, steps, lambda i, x: jnp.tanh(x - x.mean()), x)
+
+    stage = spmd.jit(fun, mesh=make_mesh(s=8), in_shardings=P("s"), out_shardings=P("s"))
+    plan = stage.trace(X[:, 0]).propagate().partition().plan
+    (waited, _), (sent, _) = (moved._spent(plan.body, {}, delays=on) for on in (True, False))
+    many = steps > around.STEPS
+    assert waited - sent == pytest.approx(many * steps * around.LATENCY)
 
 
 def test_what_steps_only_add_up_is_reduced_once_and_does_not_keep_them() -> None:

@@ -125,7 +125,7 @@ def test_few_exchanges_are_waited_for(
     [
         ("sum", lambda x, w: jnp.tanh(x @ w).sum(), False),
         ("rows", lambda x, w: jnp.tanh(x @ w), True),
-        ("scatter", lambda x, w: (jnp.tanh(x @ w).sum(0), x.T[:, :8] @ x[:8]), True),
+        ("scatter", lambda x, w: jnp.tanh(x @ w).sum(0), True),
     ],
 )
 def test_where_communication_is_next_to_nothing_the_compiler_is_left_as_it_is(
@@ -135,7 +135,7 @@ def test_where_communication_is_next_to_nothing_the_compiler_is_left_as_it_is(
     chip = dataclasses.replace(CHIPS["v5p"], kind=CHIPS["cpu"].kind)
     monkeypatch.setitem(CHIPS, "cpu", chip)
     mesh = make_mesh(x=4)
-    outs = (P("x"), P()) if name == "scatter" else P()
+    outs = P("x") if name == "scatter" else P()
     function = spmd.jit(fun, mesh=mesh, in_shardings=(P("x"), P()), out_shardings=outs)
     plan = function.trace(np.ones((4096, 512)), np.ones((512, 512))).propagate().partition().plan
     assert bool(compiler_options(Options(mesh), plan)) == asked

@@ -66,6 +66,7 @@ UNCOUNTED = [
                              (0, 9, x))[2],
     lambda x: lax.while_loop(lambda s: s[0] < 5, lambda s: (s[1] + 1, s[0], s[2]), (0, 3, x))[2],
     loop(lambda i: i.astype(jnp.int8) < 100, lambda i: i + 1, 200),
+    loop(lambda i: i < 1000, lambda i: (i + 1).astype(jnp.int8).astype(jnp.int32), 0),
     loop(lambda i: i < 250, lambda i: i + np.uint8(100), np.uint8(0)),
     loop(lambda i: i - np.uint32(1) < 5, lambda i: i + np.uint32(1), np.uint32(0)),
     loop(lambda i: i - np.int8(100) < 100, lambda i: i + np.int8(1), np.int8(-100)),
