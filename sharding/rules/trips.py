@@ -42,7 +42,7 @@ def trips_of_while(op: Any) -> int:
     """
     params = op.params
     consts = params["cond_nconsts"], params["body_nconsts"]
-    given = [_literal(op, i) for i in range(len(op.inputs if hasattr(op, "inputs") else op.invars))]
+    given = _given(op)
     start = given[sum(consts) :]
     cond, body = params["cond_jaxpr"].jaxpr, params["body_jaxpr"].jaxpr
     before = _numbers(params["cond_jaxpr"], given[: consts[0]])
@@ -125,11 +125,11 @@ def _sum(eqn: Any, found: list[_Number | None]) -> _Number | None:
     return None
 
 
-def _literal(op: Any, operand: int) -> int | None:
-    if hasattr(op, "literal"):
-        return _integer(op.literal(operand))
-    var = op.invars[operand]
-    return _integer(var.val) if isinstance(var, _jax.Literal) else None
+def _given(op: Any) -> list[int | None]:
+    """Of each operand the number that it is, if it is a literal one."""
+    if hasattr(op, "inputs"):
+        return [_integer(value.const) for value in op.inputs]
+    return [_integer(v.val) if isinstance(v, _jax.Literal) else None for v in op.invars]
 
 
 def _integer(value: Any) -> int | None:

@@ -12,7 +12,7 @@ from sharding.spec import Layout
 from spmd.partition.again import of_nothing
 from spmd.partition.choose import costs, iterations
 from spmd.partition.linear import only_reader
-from spmd.partition.loops import WORTH
+from spmd.partition.loops import WORTH, inside, unchanged
 from spmd.partition.placed import makes, needs
 from spmd.partition.plan import UNKNOWN_STEPS, Assignment, steps
 from spmd.partition.reshard import Plan, plan
@@ -213,7 +213,8 @@ class Surroundings:
     def bringing(self, src: Layout, dst: Layout, value: Value) -> float:
         """What it costs to bring a value from one layout to another, as often as it is done."""
         times, once = self.often(value), self.moving(src, dst, value)
-        return times * once + (delay(times) if once and self.sends(src, dst, value) else 0.0)
+        waits = delay(times)
+        return times * once + (waits if waits and self.sends(src, dst, value) else 0.0)
 
     def sends(self, src: Layout, dst: Layout, value: Value) -> bool:
         """Whether bringing it there takes a collective, and not only a slice."""
@@ -239,8 +240,8 @@ class Surroundings:
             for body in op.regions:
                 self._count(body, trips * inner)
             if self.planner.on("loop_invariants") and inner - 1 > WORTH:
-                self.outside.update(_invariants(op))
-            for names in _names(op):
+                self.outside |= {value.id: op.inputs[port.outer] for port, value in unchanged(op)}
+            for names in inside(op).values():  # they all have to see it in one layout
                 self.alike.update((v.id, names) for v in names if len(names) > 1)
             for source, flow in _flows(op):
                 self.flows.setdefault(source.id, []).append(flow)
@@ -267,23 +268,6 @@ class Surroundings:
                 t, d = where[0]
                 found[self.dims(values[t])[d]] = None
         return list(found)
-
-
-def _invariants(op: Op) -> Iterator[tuple[int, Value]]:
-    assert op.control is not None
-    carried = {(region, into) for region, _, into in op.control.carries(op)}
-    for port in op.in_ports:
-        if not port.stacked and not any(port.lead) and (port.region, port.inner) not in carried:
-            yield op.regions[port.region].inputs[port.inner].id, op.inputs[port.outer]
-
-
-def _names(op: Op) -> Iterable[list[Value]]:
-    """What regions call each operand: they all have to see it in one layout."""
-    found: dict[int, list[Value]] = {}
-    for port in op.in_ports:
-        inner = op.regions[port.region].inputs[port.inner]
-        found.setdefault(port.outer, []).append(inner)
-    return found.values()
 
 
 def _flows(op: Op) -> Iterator[tuple[Value, Flow]]:

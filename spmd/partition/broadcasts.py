@@ -27,7 +27,7 @@ from sharding.rule import sum_monoid
 from sharding.spec import Layout
 from spmd.partition.cut import Edge, source_side
 from spmd.partition.owners import Owners, made_of, owned, sending, shared_with, without
-from spmd.partition.plan import Assignment, Compute, Key, Move, ProgramPlan, RegionPlan
+from spmd.partition.plan import Assignment, Compute, Key, Move, ProgramPlan, RegionPlan, steps
 from spmd.partition.reshard import Plan
 
 # Values that are decided together: what is made of further ones is made everywhere.
@@ -100,7 +100,7 @@ class _Graph:
             if isinstance(one, Compute):
                 self.code.append((one, body.mesh))
                 made += [key.value for key in one.results]
-                inner = trips * (one.op.control.trips(one.op) if one.op.control else 1)
+                inner = trips * steps(one.op)
                 for i, region in enumerate(one.regions):
                     self._region(region, (one, i), inner)
         self._note(None, body.outputs, within)

@@ -13,6 +13,7 @@ the finished code:
 from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import replace
+from typing import NamedTuple
 
 from sharding.mesh import MeshShape
 from spmd.partition.again import plain
@@ -42,33 +43,37 @@ def direct_moves(
     dropped: set[int] = set()
     instead: dict[int, Code] = {}
     for after in code:
-        before, chain = _chain(after, made)
-        known = before is None or id(before) in instead
-        found = None if known else _direct(before, chain, after, at_hand, mesh)
-        if found and written.isdisjoint(key for one in found[:-1] for key in one.writes):
-            gone = [one for one in (before, *chain) if one is not None]
-            dropped |= {*map(id, gone)}
-            instead[id(after)] = found
-            at_hand -= {key for one in gone for key in one.writes}
-            for key in found[0].reads:
-                made.pop(key, None)  # another reads it now
+        between = _between(after, made) if isinstance(after, Move) else None
+        if between is not None and id(between.before) not in instead:
+            found = _direct(between, at_hand, mesh)
+            if found and written.isdisjoint(key for one in found[:-1] for key in one.writes):
+                gone = (between.before, *between.chain)
+                dropped |= {*map(id, gone)}
+                instead[id(after)] = found
+                at_hand -= {key for one in gone for key in one.writes}
+                for key in found[0].reads:
+                    made.pop(key, None)  # another reads it now
         at_hand.update(after.writes)
     return [new for one in code if id(one) not in dropped for new in instead.get(id(one), [one])]
 
 
-def _chain(
-    after: Move | Compute, made: dict[Key, Move | Compute]
-) -> tuple[Move | None, list[Compute]]:
-    """The operations between a move and the one before, each the only reader of what it reads; None
-    where there are none."""
+class _Between(NamedTuple):
+    """Two moves, and the operations between them, each the only reader of what it reads."""
+
+    before: Move
+    chain: list[Compute]
+    after: Move
+
+
+def _between(after: Move, made: dict[Key, Move | Compute]) -> _Between | None:
     chain: list[Compute] = []
-    if not isinstance(after, Move) or not after.plan.bytes:
-        return None, chain
+    if not after.plan.bytes:
+        return None
     one = made.get(after.reads[0])
     while isinstance(one, Compute) and len(chain) < _LONGEST and _rearranges(one):
         chain.insert(0, one)
         one = made.get(one.operands[_array(one)])
-    return (one, chain) if chain and isinstance(one, Move) else (None, [])
+    return _Between(one, chain, after) if chain and isinstance(one, Move) else None
 
 
 def _rearranges(one: Compute) -> bool:
@@ -81,13 +86,10 @@ def _array(one: Compute) -> int:
     return next(i for i, v in enumerate(one.op.inputs) if v.rank)
 
 
-def _direct(
-    before: Move | None, chain: Sequence[Compute], after: Move | Compute, at_hand: Set[Key],
-    mesh: MeshShape,
-) -> Code | None:  # fmt: skip
+def _direct(between: _Between, at_hand: Set[Key], mesh: MeshShape) -> Code | None:
     """One move, or none, and the operations, the last of which makes what the second move did; None
     where that costs more."""
-    assert isinstance(before, Move) and isinstance(after, Move)
+    before, chain, after = between
     need, value = after.dst, before.value
     if need.partial or before.src.partial:
         return None

@@ -14,7 +14,7 @@ from sharding.propagation import Propagated
 from sharding.spec import Layout
 from spmd.partition.conflicts import conflicts
 from spmd.partition.linear import only_reader
-from spmd.partition.plan import Compute, Diagnostic, Key, Move, ProgramPlan, RegionPlan
+from spmd.partition.plan import Compute, Diagnostic, Key, Move, ProgramPlan, RegionPlan, steps
 from spmd.partition.replicated import Layouts, layouts_of, replicated
 from spmd.partition.written import annotation_text
 
@@ -129,7 +129,7 @@ def _loops(region: RegionPlan, trips: int) -> Iterator[tuple[RegionPlan, Op, int
         if not isinstance(instruction, Compute) or not instruction.regions:
             continue
         control = instruction.op.control
-        runs = trips * (control.trips(instruction.op) if control else 1)
+        runs = trips * steps(instruction.op)
         for inner in instruction.regions:
             if control is not None and control.carries(instruction.op):
                 yield inner, instruction.op, runs

@@ -96,19 +96,33 @@ def _region_cost(region: RegionPlan, trips: int) -> float:
     return total
 
 
+def inside(op: Op) -> dict[int, list[Value]]:
+    """Operand -> what the regions of an equation call it."""
+    found: dict[int, list[Value]] = {}
+    for port in op.in_ports:
+        found.setdefault(port.outer, []).append(op.regions[port.region].inputs[port.inner])
+    return found
+
+
+def unchanged(op: Op) -> Iterator[tuple[Port, Value]]:
+    """Operands that stay the same in all steps of a loop, as they are called there."""
+    assert op.control is not None
+    carried = {(region, into) for region, _, into in op.control.carries(op)}
+    for port in op.in_ports:
+        if (port.region, port.inner) not in carried and not port.stacked and not any(port.lead):
+            yield port, op.regions[port.region].inputs[port.inner]
+
+
 # --- sums ---------------------------------------------------------------------------------------
 
 
 def _sums(planner: Any, op: Op, trips: int) -> Iterator[tuple[int, Layout]]:
     """Operands that a loop only adds to: the partial layouts of their sums."""
-    ports: dict[int, list[Value]] = {}
-    outer: dict[tuple[int, int], int] = {}
-    for port in op.in_ports:
-        ports.setdefault(port.outer, []).append(op.regions[port.region].inputs[port.inner])
-        outer[port.region, port.inner] = port.outer
+    names = inside(op)
+    outer = {(port.region, port.inner): port.outer for port in op.in_ports}
     for region, out, into in op.control.carries(op) if op.control is not None else ():
         carry = op.regions[region].inputs[into]
-        elsewhere = [v for v in ports[outer[region, into]] if v is not carry]
+        elsewhere = [v for v in names[outer[region, into]] if v is not carry]
         if any(planner.uses[v.id] for v in elsewhere):
             continue  # what a predicate reads is whole
         layout = _partial_sum(planner, carry, op.regions[region].outputs[out])
@@ -245,12 +259,7 @@ def _invariants(
     planner: Any, op: Op, found: Planned, trips: int, way: Callable[..., Layout | None]
 ) -> Iterator[tuple[int, Layout]]:
     """Operands that stay the same, with another layout that may be worth its memory."""
-    assert op.control is not None
-    carried = {(region, into) for region, _, into in op.control.carries(op)}
-    for port in op.in_ports:
-        value = op.regions[port.region].inputs[port.inner]
-        if (port.region, port.inner) in carried or port.stacked or any(port.lead):
-            continue
+    for port, value in unchanged(op):
         region = found.regions[port.region]
         layout = way(region, value, region.inputs[port.inner], trips)
         if layout is None:

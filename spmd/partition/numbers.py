@@ -9,7 +9,7 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 from sharding.program import Value
-from spmd.partition.plan import Compute, ProgramPlan, RegionPlan
+from spmd.partition.plan import UNKNOWN_STEPS, Compute, ProgramPlan, RegionPlan, steps
 
 
 class Numbers:
@@ -65,7 +65,7 @@ class Numbers:
         op, control = one.op, one.op.control
         assert control is not None
         carried = {(r, into): out for r, out, into in control.carries(op)}
-        loop = control.trips(op) != 1 if control.counted else bool(carried)
+        loop = steps(op, UNKNOWN_STEPS) != 1
         inputs = {}
         for port in op.in_ports:
             value = one.regions[port.region].region.inputs[port.inner]
