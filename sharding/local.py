@@ -58,7 +58,8 @@ class Local(Protocol):
         """Elements [starts[i], starts[i] + width) along `dim` on shard i, from whoever has them.
 
         Args:
-          x: the local shard; the dim has `size` elements globally, as many per shard as `x`.
+          x: the local shard; the dim has `size` elements globally, as many per shard as `x`. Or all
+            of the array, see `Rule.fetches`.
           axes: mesh axes that shard the dim, major to minor.
           starts: per shard, known before tracing; places outside of [0, size) hold `fill`.
           wrap: places outside are those at the other end instead; the shards must be even.

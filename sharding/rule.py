@@ -81,6 +81,8 @@ class Rule:
       elementary: result i is operand i whatever the others are: each keeps the layout it has.
       owned: factor -> (tensor, place): of all shards of the factor, only the one that holds `place`
         makes the result (others make zeros), or reads the operand. Results come after operands.
+      fetches: operands of which `local` takes all by `fetch` along PERMUTE factors: where one is
+        whole on every device anyway it may stay so, and each takes its part of it.
       keeps: factor of rows that are taken from a tensor -> factor of those that were taken, which
         keep the axes where nothing else shards them: what is made of them is not repeated.
       masked: whether re-binding needs the padding of uneven REDUCE factors masked (default).
@@ -109,6 +111,7 @@ class Rule:
     elementary: bool = False
     keeps: Mapping[str, str] = field(default_factory=dict)
     owned: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    fetches: tuple[int, ...] = ()
     masked: bool = True
     early: bool = False
     expands: bool = False
@@ -131,7 +134,7 @@ class Rule:
         return _canonical(
             self.operands, self.results, tuple(self.factors.items()), self.linear, alone, keeps,
             self.divided, owned, self.elementary, self.early, self.expands, self.flops,
-            self.gathers,
+            self.gathers, self.fetches,
         )  # fmt: skip
 
     @cached_property
@@ -186,12 +189,13 @@ def _canonical(
     keeps: tuple[tuple[str, str], ...], divided: frozenset[str],
     owned: tuple[tuple[str, tuple[int, int]], ...],
     elementary: bool, early: bool, expands: bool, flops: int, gathers: Callable,
+    fetches: tuple[int, ...],
 ) -> Rule:  # fmt: skip
     return Rule(
         operands, results, dict(factors), linear, alone=dict(alone), keeps=dict(keeps),
         divided=divided,
         owned=dict(owned), elementary=elementary, early=early, expands=expands, flops=flops,
-        gathers=gathers,
+        gathers=gathers, fetches=fetches,
     )  # fmt: skip
 
 

@@ -68,7 +68,8 @@ def _slice(op: OpInfo) -> Rule:
     begins = op.params["start_indices"]
     owned = {f"d{d}": (1, begins[d]) for d, kind in enumerate(kinds) if kind is Kind.REDUCE}
     # Parameters are of whole dims: sharded ones need others, whether they are sliced or not.
-    return _dims(op, kinds, linear=((0,),), local=_local_slice, local_when=None, owned=owned)
+    return _dims(op, kinds, linear=((0,),), local=_local_slice, local_when=None, owned=owned,
+                 fetches=(0,))  # fmt: skip
 
 
 def _local_slice(ctx: Local, op: OpInfo, x: Any) -> Sequence[Any]:
@@ -113,12 +114,12 @@ def _rev(op: OpInfo) -> Rule:
         return identity_rule(shape)
     rank = len(shape)
     kinds = [Kind.PERMUTE if d in op.params["dimensions"] else Kind.PASS for d in range(rank)]
-    return _dims(op, kinds, linear=((0,),), local=_local_rev)
+    return _dims(op, kinds, linear=((0,),), local=_local_rev, fetches=(0,))
 
 
 def _local_rev(ctx: Local, op: OpInfo, x: Any) -> Sequence[Any]:
     for d in op.params["dimensions"]:
-        axes, n, size = ctx.axes(f"d{d}"), op.in_avals[0].shape[d], x.shape[d]
+        axes, n, size = ctx.axes(f"d{d}"), op.in_avals[0].shape[d], ctx.local_out(0)[d]
         if axes:
             shards = ctx.shards(f"d{d}")
             x = ctx.fetch(x, d, axes, n, [n - size * (i + 1) for i in range(shards)], size)
@@ -137,7 +138,7 @@ def _pad(op: OpInfo) -> Rule:
     linear = ((0,),) if value is not None and value == 0 else ((0, 1),)
     single = [d for d, n in enumerate(op.in_avals[0].shape) if n == 1 < op.out_avals[0].shape[d]]
     owned = {f"d{d}": (0, config[d][0]) for d in single if config[d][0] >= 0}
-    return _dims(op, kinds, linear=linear, local=_local_pad, owned=owned)
+    return _dims(op, kinds, linear=linear, local=_local_pad, owned=owned, fetches=(0,))
 
 
 def _local_pad(ctx: Local, op: OpInfo, x: Any, value: Any) -> Sequence[Any]:
@@ -202,30 +203,37 @@ def _concatenate(op: OpInfo) -> Rule:
     every = tuple(range(len(operands)))
     return Rule(
         operands, (tensor(op.out_avals[0]),), factors, linear=(every,),
-        local=_local_concatenate, local_when=frozenset({dims[axis]}),
+        local=_local_concatenate, local_when=frozenset({dims[axis]}), fetches=every,
     )  # fmt: skip
 
 
 def _local_concatenate(ctx: Local, op: OpInfo, *operands: Any) -> Sequence[Any]:
-    """Every place of this shard's part is taken from the operand that it falls into."""
     axis = op.params["dimension"]
+    return [_joined(ctx, operands, [aval.shape[axis] for aval in op.in_avals], axis)]
+
+
+def _joined(ctx: Local, operands: Sequence[Any], sizes: Sequence[int], axis: int) -> Any:
+    """Every place of this shard's part is taken from the operand that it falls into.
+
+    Args:
+      sizes: of the whole operands along the joined dim.
+    """
     factor = f"d{axis}"
     axes, shards = ctx.axes(factor), ctx.shards(factor)
-    sizes = {aval.shape[axis] for aval in op.in_avals}
-    if len(sizes) == 1 and max(sizes) % shards == 0 == shards % len(operands):
-        return [_in_turn(ctx, operands, axis)]
+    parted = all(x.shape[axis] * shards == n for x, n in zip(operands, sizes, strict=True))
+    if parted and len({*sizes}) == 1 and shards % len(operands) == 0:
+        return _in_turn(ctx, operands, axis)
     shape = _resized(operands[0], axis, ctx.local_out(0)[axis])
     at = ctx.offset(factor) + lax.broadcasted_iota(jnp.int32, shape, axis)
     out, begin = None, 0
-    for x, aval in zip(operands, op.in_avals, strict=True):
-        n = aval.shape[axis]
+    for x, n in zip(operands, sizes, strict=True):
         if n > 1:  # else it is whole on every device
             starts = [i * shape[axis] - begin for i in range(shards)]
             x = ctx.fetch(x, axis, axes, n, starts, shape[axis])
         if n:
             out = jnp.broadcast_to(x, shape) if out is None else jnp.where(at >= begin, x, out)
         begin += n
-    return [operands[0] if out is None else out]
+    return operands[0] if out is None else out
 
 
 def _in_turn(ctx: Local, operands: Sequence[Any], axis: int) -> Any:
@@ -292,26 +300,30 @@ def _unstack(op: OpInfo) -> Rule:
 @register(_jax.tile_p)
 def _tile(op: OpInfo) -> Rule:
     """A repeated dim is whole in the operand, which is the smaller; each shard of the result makes
-    its own part of it."""
+    its own part of it. What is there twice is joined with itself."""
     src, dst = op.in_avals[0].shape, op.out_avals[0].shape
     factors: dict[str, Factor] = {}
     left, right = [], []
     for d, (n, m) in enumerate(zip(src, dst, strict=True)):
-        factors[f"d{d}"] = Factor(m)
+        twice = m == 2 * n > 2
+        factors[f"d{d}"] = Factor(m, Kind.PERMUTE if twice else Kind.PASS)
         right.append((f"d{d}",))
-        if n == m:
+        if n == m or twice:
             left.append((f"d{d}",))
         else:
             factors[f"i{d}"] = Factor(n, Kind.FIXED)
             left.append((f"i{d}",) if n != 1 else ())
     cut = frozenset(f"d{d}" for d, (n, m) in enumerate(zip(src, dst, strict=True)) if n != m)
     return Rule((tuple(left),), (tuple(right),), factors, linear=((0,),), expands=True,
-                local=_local_tile, local_when=cut)
+                local=_local_tile, local_when=cut, fetches=(0,))
 
 
 def _local_tile(ctx: Local, op: OpInfo, x: Any) -> Sequence[Any]:
     for d, (n, m) in enumerate(zip(op.in_avals[0].shape, op.out_avals[0].shape, strict=True)):
-        if n != m:
+        if m == 2 * n > 2:
+            sharded = ctx.axes(f"d{d}")
+            x = _joined(ctx, (x, x), (n, n), d) if sharded else lax.concatenate((x, x), d)
+        elif n != m:
             at = ctx.offset(f"d{d}") + lax.iota(jnp.int32, ctx.local_out(0)[d])
             x = jnp.take(x, at % max(n, 1), axis=d, mode="clip")
     return [x]

@@ -85,7 +85,7 @@ def _write_rule(op: OpInfo) -> Rule:
     linear = ((0, 1),) if op.params["combine"] in ("add", "sub", "set") else ()
     return Rule(
         (tuple(left), tuple(right)), (tuple(left),), factors, linear=linear, local=_local_write,
-        local_when=cut,
+        local_when=cut, fetches=(1,),
     )  # fmt: skip
 
 

@@ -54,12 +54,12 @@ def _rotate(op: OpInfo) -> Rule:
                for i, (d, n) in enumerate(zip(dims, shape, strict=True))}
     tensor = tuple((d,) if n != 1 else () for d, n in zip(dims, shape, strict=True))
     return Rule((tensor,), (tensor,), factors, linear=((0,),), local=_local_rotate,
-                local_when=None)  # fmt: skip
+                local_when=None, fetches=(0,))  # fmt: skip
 
 
 def _local_rotate(ctx: Local, op: OpInfo, x: Any) -> Sequence[Any]:
     dim, shift = op.params["dim"], op.params["shift"]
-    n, size, axes = op.in_avals[0].shape[dim], x.shape[dim], ctx.axes(f"d{dim}")
+    n, size, axes = op.in_avals[0].shape[dim], ctx.local_out(0)[dim], ctx.axes(f"d{dim}")
     if not axes:
         return [_rolled(x, dim=dim, shift=shift)]
     starts = [i * size - shift for i in range(ctx.shards(f"d{dim}"))]
@@ -68,7 +68,7 @@ def _local_rotate(ctx: Local, op: OpInfo, x: Any) -> Sequence[Any]:
     # The last shard ends in padding, which nothing that goes round may pass.
     before = ctx.fetch(x, dim, axes, n, [start + n for start in starts], size)
     after = ctx.fetch(x, dim, axes, n, starts, size)
-    at = lax.broadcasted_iota(jnp.int32, x.shape, dim) + ctx.offset(f"d{dim}")
+    at = lax.broadcasted_iota(jnp.int32, before.shape, dim) + ctx.offset(f"d{dim}")
     return [jnp.where(at < shift, before, after)]
 
 

@@ -143,6 +143,7 @@ def _all_candidates(
             assignment = _assemble(rule, axes, combo, options.order)
             carries = can_carry(rule, assignment.carried, operands, mixed) and _apart(assignment)
             assignment = _without_gathered(rule, assignment, operands, mesh)
+            assignment = _where_whole(rule, assignment, operands)
             if carries and legal(rule, assignment.axes, mesh):
                 found = True
                 yield from (assignment, *options.swapped(assignment))
@@ -163,6 +164,27 @@ def _without_gathered(
     if not whole:
         return assignment
     return assignment._replace(factors=tuple(f for f in assignment.factors if f[0] not in whole))
+
+
+def _where_whole(rule: Rule, assignment: Assignment, operands: Sequence[Tensor]) -> Assignment:
+    """Operands that are whole anyway along what is sharded stay so: each device takes its part of
+    them, where others would have it from their neighbours."""
+    if not rule.fetches:
+        return assignment
+    along = {t: set[str]() for t in rule.fetches}
+    for name, axes in assignment.factors:
+        if rule.factors[name].kind is Kind.PERMUTE:
+            for t, _ in rule.where[name]:
+                along.get(t, set()).update(axes)
+    whole = tuple(t for t, axes in along.items() if axes and _is_whole(operands[t], axes))
+    return assignment._replace(whole=whole)
+
+
+def _is_whole(tensor: Tensor, along: set[str]) -> bool:
+    """Whether a value is at hand without some axes."""
+    layouts = tensor.layouts
+    return tensor.anywhere or not all(any(overlap(a, b) for b in layout.used for a in along)
+                                      for layout in layouts)  # fmt: skip
 
 
 def _apart(assignment: Assignment) -> bool:

@@ -122,6 +122,8 @@ def fetch(
     shape = (*x.shape[:dim], width, *x.shape[dim + 1 :])
     if 0 in shape or not size:
         return jnp.full(shape, fill)
+    if x.shape[dim] == size > 1 < shards:
+        return _own(x, dim, starts, width, fill, index, wrap)
     exchanged = hops(size, x.shape[dim], shards, starts, width, wrap)
     inside = wrap or all(0 <= s and s + width <= size for s in starts)
     even = size == x.shape[dim] * shards
@@ -138,6 +140,20 @@ def fetch(
         joined = _placed(parts, dim, width, jnp.full(shape, fill), index)
         return joined if even else _masked(joined, dim, size, starts, index, fill)
     return joined if inside and even else _masked(joined, dim, size, starts, index, fill)
+
+
+def _own(
+    x: Any, dim: int, starts: tuple[int, ...], width: int, fill: Any, index: Any, wrap: bool
+) -> Any:
+    """What this device wants of an array that is whole on every device."""
+    size = x.shape[dim]
+    if wrap:
+        at = (pick(starts, index) + lax.iota(jnp.int32, width)) % size
+        return jnp.take(x, at, axis=dim, mode="clip")
+    low, high = max(0, -min(starts)), max(0, max(starts) + width - size)
+    if low or high:
+        x = lax.pad(x, fill, [(low, high, 0) if d == dim else (0, 0, 0) for d in range(x.ndim)])
+    return cut(x, pick([start + low for start in starts], index), width, dim)
 
 
 def _whole_is_cheaper(exchanged: Sequence[Hop], x: Any, dim: int, shards: int) -> bool:

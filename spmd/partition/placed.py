@@ -49,7 +49,9 @@ def _placed(rule: Rule, assignment: Assignment, mesh: MeshShape) -> _Placed:
         factor = rule.factors[name]
         if factor.kind is Kind.REDUCE:
             partial += [(a, factor.monoid) for a in axes]
-    dims = [to_dims(rule, t, assignment.axes, mesh) for t in range(len(rule.tensors))]
+    fetched = {n: a for n, a in assignment.factors if rule.factors[n].kind is not Kind.PERMUTE}
+    dims = [to_dims(rule, t, fetched if t in assignment.whole else assignment.axes, mesh)
+            for t in range(len(rule.tensors))]  # fmt: skip
     first = len(rule.operands)
     return _Placed(
         tuple(map(Layout, dims[:first])),

@@ -24,10 +24,12 @@ class Assignment(NamedTuple):
     Attributes:
       factors: (factor, axes) pairs.
       carried: axes over which operands stay partial by add, and the results with them.
+      whole: operands that are whole along PERMUTE factors, see `Rule.fetches`.
     """
 
     factors: tuple[tuple[str, tuple[str, ...]], ...]
     carried: tuple[str, ...] = ()
+    whole: tuple[int, ...] = ()
 
     @property
     def axes(self) -> Mapping[str, tuple[str, ...]]:
