@@ -8,14 +8,21 @@ the finished code:
     x [a, -]    = all_to_all(b) of x [a, b]             x [a, -]  = all_gather(b) of x [a, b]
     y [a+b]     = reshape(x [a+b, -])             ->    y [a]     = reshape(x [a, -])
     y [a]       = all_gather(b) of y [a+b]
+
+So is what is moved once as it is and once rearranged, as by Newton and Schulz (`x @ x.T @ x`):
+
+    y [-, a]    = transpose(x [a, -])                   x [-, -]  = all_gather(a) of x [a, -]
+    y [-, -]    = all_gather(a) of y [-, a]       ->    y [-, -]  = transpose(x [-, -])
+    x [-, -]    = all_gather(a) of x [a, -]
 """
 
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 from typing import NamedTuple
 
 from sharding.mesh import MeshShape
+from sharding.spec import Layout
 from spmd.partition.again import plain
 from spmd.partition.placed import forced, makes, needs
 from spmd.partition.plan import Compute, Key, Move
@@ -35,6 +42,12 @@ def direct_moves(
     Args:
       inputs, outputs: what the region is passed, and what it returns.
     """
+    code = _through(code, inputs, outputs, mesh)
+    return _together(code, inputs, outputs, mesh)
+
+
+def _through(code: Code, inputs: Sequence[Key], outputs: Sequence[Key], mesh: MeshShape) -> Code:
+    """What is moved before and after it is rearranged."""
     reads = Counter(key for one in code for key in one.reads)
     reads.update(outputs)
     written = {*inputs, *(key for one in code for key in one.writes)}
@@ -55,6 +68,64 @@ def direct_moves(
                     made.pop(key, None)  # another reads it now
         at_hand.update(after.writes)
     return [new for one in code if id(one) not in dropped for new in instead.get(id(one), [one])]
+
+
+def _together(code: Code, inputs: Sequence[Key], outputs: Sequence[Key], mesh: MeshShape) -> Code:
+    """What is moved rearranged, and as it is before or later."""
+    moves = (one for one in code if isinstance(one, Move) and one.plan.bytes)
+    later = {key: one for one in moves for key in one.writes}
+    made = {key: one for one in code for key in one.writes}
+    at_hand = {*inputs}
+    early: set[int] = set()
+    instead: dict[int, Code] = {}
+    for one in code:
+        if id(one) in early:
+            continue
+        if isinstance(one, Move) and one.plan.bytes:
+            for chain in _chains(one, made):
+                found = _redone(chain, one.dst, mesh)
+                move = later.get(found[0]) if found else None
+                if found and found[0] in at_hand:
+                    instead[id(one)] = found[1]
+                elif found and move and at_hand.issuperset(move.reads):
+                    early.add(id(move))
+                    instead[id(one)] = [move, *found[1]]
+                if id(one) in instead:
+                    break
+        at_hand.update(key for new in instead.get(id(one), [one]) for key in new.writes)
+    if not instead:
+        return code
+    code = [new for one in code if id(one) not in early for new in instead.get(id(one), [one])]
+    return _together(_needed(code, inputs, outputs), inputs, outputs, mesh)
+
+
+def _needed(code: Code, inputs: Sequence[Key], outputs: Sequence[Key]) -> Code:
+    """Without what rearranges something once more, or for nobody."""
+    known, once = {*inputs}, list[Move | Compute]()
+    for one in code:
+        if not _idle(one) or not known.issuperset(one.writes):
+            once.append(one)
+            known.update(one.writes)
+    read, kept = {*outputs}, list[Move | Compute]()
+    for one in reversed(once):
+        if not _idle(one) or not read.isdisjoint(one.writes):
+            kept.append(one)
+            read.update(one.reads)
+    return kept[::-1]
+
+
+def _idle(one: Move | Compute) -> bool:
+    return isinstance(one, Compute) and one.op.control is None and _rearranges(one)
+
+
+def _chains(move: Move, made: dict[Key, Move | Compute]) -> Iterator[list[Compute]]:
+    """The operations that rearrange something to what is moved, the shortest first."""
+    chain: list[Compute] = []
+    one = made.get(move.reads[0])
+    while isinstance(one, Compute) and len(chain) < _LONGEST and _rearranges(one):
+        chain.insert(0, one)
+        yield [*chain]
+        one = made.get(one.operands[_array(one)])
 
 
 class _Between(NamedTuple):
@@ -90,25 +161,34 @@ def _direct(between: _Between, at_hand: Set[Key], mesh: MeshShape) -> Code | Non
     """One move, or none, and the operations, the last of which makes what the second move did; None
     where that costs more."""
     before, chain, after = between
-    need, value = after.dst, before.value
-    if need.partial or before.src.partial:
+    found = _redone(chain, after.dst, mesh)
+    if found is None or before.src.partial:
         return None
-    code: Code = []
-    for one in reversed(chain):
-        rule, place, operands = one.op.rule, _array(one), list(one.operands)
-        if one.assignment.carried or not need.used <= {axis for axis, _ in mesh.axes}:
-            return None
-        assignment = forced(rule, need, mesh)
-        if makes(rule, assignment, mesh) != (need,) or rule.alone.keys() & assignment.axes:
-            return None  # there, or what crosses shards would be exchanged
-        tensors = [Tensor(v.shape, v.itemsize, (layout,)) for v, layout, _ in operands]
-        result, need = Key(one.op.outputs[0], need), needs(rule, assignment, tensors, mesh)[place]
-        operands[place] = Key(operands[place].value, need)
-        code.insert(0, replace(one, assignment=assignment, operands=tuple(operands),
-                               results=(result,), asked=()))  # fmt: skip
+    (value, need, _), code = found
     if need == before.src or Key(value, need) in at_hand:
         return code
     steps = plan(before.src, need, value.shape, value.itemsize, mesh)
     if steps.cost >= before.plan.cost + after.plan.cost:
         return None
     return [replace(before, dst=need, plan=steps), *code]
+
+
+def _redone(chain: Sequence[Compute], need: Layout, mesh: MeshShape) -> tuple[Key, Code] | None:
+    """What operations have to read for the last one to make its result in a layout, and they
+    themselves; None where something would be exchanged."""
+    key, code = Key(chain[-1].op.outputs[0], need), list[Move | Compute]()
+    for one in reversed(chain):
+        rule, place, operands = one.op.rule, _array(one), list(one.operands)
+        need = key.layout
+        if need.partial or one.assignment.carried or not need.used <= {a for a, _ in mesh.axes}:
+            return None
+        assignment = forced(rule, need, mesh)
+        if makes(rule, assignment, mesh) != (need,) or rule.alone.keys() & assignment.axes:
+            return None  # there, or what crosses shards would be exchanged
+        tensors = [Tensor(v.shape, v.itemsize, (layout,)) for v, layout, _ in operands]
+        read = Key(operands[place].value, needs(rule, assignment, tensors, mesh)[place])
+        operands[place] = read
+        code.insert(0, replace(one, assignment=assignment, operands=tuple(operands),
+                               results=(key,), asked=()))  # fmt: skip
+        key = read
+    return key, code
