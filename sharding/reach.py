@@ -7,10 +7,10 @@ program should have it: the batch of a training step, the features of weights th
 what they are multiplied with.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from sharding.mesh import overlap
 from sharding.program import Program, Value
@@ -85,6 +85,9 @@ def furthest(
     """Of each axis of the program's arguments, the dim that reaches furthest of those that have it,
     through values that are not kept from having it there.
 
+    A dim that has others in as large ones is none of those: the features of a layer whose weights
+    have others there, and the next layer's few weights this one.
+
     Not of an axis that annotations inside of the program give to another dim, or keep from this
     one: they say where it should be, and what lies between them is for their neighbours to decide.
     """
@@ -96,11 +99,11 @@ def furthest(
         for d, dim in enumerate(sharding.dims if value.id in entering else ()):
             for axis in dim.axes if value.shape[d] > 1 else ():
                 wanted.setdefault(axis, []).append(reach.dim(value, d))
-    kept = _kept_from(annotations, wanted, reach)
-    found = {
-        axis: max(dims, key=lambda dim: reach.of(dim) - kept[axis, dim])
-        for axis, dims in wanted.items()
-    }
+    given = _said(annotations, wanted, reach)
+    found = {}
+    for axis, dims in wanted.items():
+        asked = [dim for dim in dims if given[axis, dim].has > given[axis, dim].others] or dims
+        found[axis] = max(asked, key=lambda dim: reach.of(dim) - given[axis, dim].kept)
     for value, sharding in annotations:
         for d, dim in enumerate(() if value.id in entering | leaving else sharding.dims):
             place = reach.dim(value, d)
@@ -111,18 +114,37 @@ def furthest(
     return found
 
 
-def _kept_from(
+class _Said(NamedTuple):
+    """Elements of annotated values that have a dim of the program.
+
+    Attributes:
+      has: of those that have an axis there.
+      kept: of those that say that it is not there.
+      others: of these, of those that have other axes there.
+    """
+
+    has: int = 0
+    kept: int = 0
+    others: int = 0
+
+
+def _said(
     annotations: Sequence[tuple[Value, Sharding]], wanted: Mapping[str, Sequence[int]], reach: Reach
-) -> Counter[tuple[str, int]]:
-    """By axis and dim of the program that could have it, the elements of annotated values that have
-    the dim, and say that it does not."""
-    found: Counter[tuple[str, int]] = Counter()
+) -> Mapping[tuple[str, int], _Said]:
+    """By axis and dim of the program that could have it, of several."""
+    found = defaultdict[tuple[str, int], _Said](_Said)
     contested = {axis: {*dims} for axis, dims in wanted.items() if len({*dims}) > 1}
     for value, sharding in annotations if contested else ():
         size = prod(value.shape)
         for d, dim in enumerate(sharding.dims):
             here = reach.dim(value, d)
             for axis, dims in contested.items():
-                if here in dims and not dim.open and not any(overlap(axis, a) for a in dim.axes):
-                    found[axis, here] += size
+                if here not in dims:
+                    continue
+                has, kept, others = found[axis, here]
+                if any(overlap(axis, a) for a in dim.axes):
+                    has += size
+                elif not dim.open:
+                    kept, others = kept + size, others + (size if dim.axes else 0)
+                found[axis, here] = _Said(has, kept, others)
     return found

@@ -220,3 +220,26 @@ def test_the_way_back_gathers_gradients_and_keeps_nothing_whole() -> None:
     assert ("reduce_scatter", ("tensor",)) not in counts
     # 5.3 with the inputs of all layers whole until the way back
     assert found.peak_memory < batch // 2 * width * 4 * 4.5
+
+
+@pytest.mark.parametrize("width", [1, 16])
+@pytest.mark.parametrize("rows", ["data", None])
+def test_a_narrow_head_after_columns(rows: str | None, width: int) -> None:
+    """A value or a reward head, FSDP and tensor parallel: its few weights have `data` on the
+    features, which the layer before has on `tensor`. They are what moves, forwards and back, and
+    no activation of the layer, whose features reach as far as the batch does."""
+    batch, inner, hidden = 64, 16, 64
+
+    def step(p: Any, x: Any) -> Any:
+        def loss(p: Any) -> Any:
+            return ((jnp.tanh(x @ p["w"]) @ p["v"]) ** 2).mean()
+
+        return jax.tree.map(lambda a, b: a - b, p, jax.grad(loss)(p))
+
+    p, x = {"w": arr(inner, hidden), "v": arr(hidden, width)}, arr(batch, inner)
+    places = {"w": P(rows, "tensor"), "v": P("data")}
+    planned = check(step, (p, x), make_mesh(data=2, tensor=4), (places, P("data")), places)
+    w, v, out = (n * F32 for n in (inner * hidden, hidden * width, batch * width))
+    # weights there and their gradients back, columns of the first; sums of what the head makes
+    most = (w / 4 + v / 4) * 2 + out / 2 * 2 * 3 / 4 + v
+    assert planned.wire_bytes <= most
