@@ -300,10 +300,7 @@ def _cost(
     """Reshards of operands and (towards what is wanted) of results, and local work."""
     made = makes(rule, assignment, mesh)
     needed = needs(rule, assignment, operands, mesh)
-    touched = sum(
-        local_bytes(layout, t.shape, t.itemsize, mesh)
-        for layout, t in zip(needed, operands, strict=True)
-    )
+    touched = _touched(rule, needed, made, operands, results, mesh)
     work = iterations(rule, assignment.axes, mesh) * rule.flops
     total = cost.compute(work, touched)
     if assignment.carried and rule.flops == 1:
@@ -328,6 +325,20 @@ def _cost(
         if total >= limit:
             return total
     return total
+
+
+def _touched(
+    rule: Rule, needed: Sequence[Layout], made: Sequence[Layout], operands: Sequence[Tensor],
+    results: Sequence[Tensor], mesh: MeshShape,
+) -> int:  # fmt: skip
+    """Bytes that one device reads: of what rows are taken from, as many as they have."""
+    read = [local_bytes(at, t.shape, t.itemsize, mesh)
+            for at, t in zip(needed, operands, strict=True)]  # fmt: skip
+    picks = not rule.flops and not rule.early and len(results) == 1
+    if picks and results[0].shape != operands[0].shape:
+        rows = local_bytes(made[0], results[0].shape, results[0].itemsize, mesh)
+        read[0] = min(read[0], rows)
+    return sum(read)
 
 
 def _passed_on(layout: Layout, tensor: Tensor, brought: float, mesh: MeshShape) -> float:

@@ -11,11 +11,13 @@ What a cut does not see (sums that loops reduce once, what is at hand) the finis
 one with moved axes is kept where it costs clearly less than the one without (`make_plan`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from sharding.mesh import MeshShape
 from sharding.program import Op, Value
 from sharding.region import Port
+from sharding.spec import Layout
 from spmd.partition.around import Surroundings, as_tensors, delay, lying, waited, work
 from spmd.partition.choose import costs
 from spmd.partition.placed import makes, needs
@@ -26,6 +28,8 @@ from spmd.partition.stretch import WINDOW, Stretch
 WORTH, MOST = 0.2, 1.5
 # What an equation sends, as a part of what any does, for a stretch to begin there.
 LEAST = 1 / 64
+# The same where others have moved meanwhile.
+RATHER = 1 / 8
 # Equations that are looked at, for each of the program: many starts may see the same ones.
 LOOKS = 16
 
@@ -33,6 +37,9 @@ LOOKS = 16
 # products, say, by its hidden dim, since its weights are; but such stretches see less of what else
 # is at hand, so that a plan with them that is no better is made without.
 TAKEN = "taken_dims"
+
+# How often axes are looked for that cannot stay: others may not where some have moved.
+ROUNDS = 2
 
 _KIND = "moved"  # of diagnostics
 
@@ -43,10 +50,28 @@ class Moved(NamedTuple):
     Attributes:
       told: an entry per axis.
       taken: whether one came to a dim that it shards of another operand, see `TAKEN`.
+      before: what was wanted before axes were looked for once more, if any moved then.
     """
 
     told: tuple[Diagnostic, ...] = ()
     taken: bool = False
+    before: "Wanted | None" = None
+
+
+class Wanted(NamedTuple):
+    """Layouts that are wanted on a mesh.
+
+    Attributes:
+      mesh: which one.
+      layouts: by value id.
+      leave: of values that leave their regions otherwise, by id.
+      moved: what the pass did until then.
+    """
+
+    mesh: MeshShape
+    layouts: list[Layout]
+    leave: dict[int, Layout]
+    moved: Moved
 
 
 class _Start(NamedTuple):
@@ -70,37 +95,68 @@ def move_axes(planner: Any) -> Moved:
     Args:
       planner: `planner._Planner`.
     """
-    starts = [start for op in planner.propagated.program.ops() for start in _starts(planner, op)]
-    starts.sort(key=lambda start: start.port is not None)  # loops see more, and take more looks
-    if not starts:
-        return Moved()
-    around = Surroundings(planner)
-    sent = {start: _sent(around, start) for start in starts}
-    most = max(sent.values())
-    looks = LOOKS * (len(around.trips) + WINDOW)
-    seen: set[tuple[int, str, int]] = set()  # equations that were part of a stretch
-    moved: dict[str, tuple[Op, set[int]]] = {}
-    taken = False
-    for start in starts:
-        op, axis = start.op, start.axis
-        if sent[start] < LEAST * most:
-            continue
-        others = around.others(op, axis, taken=planner.on(TAKEN))
-        dims = [dim for dim in others if (op.index, axis, dim) not in seen]
-        if not dims or start not in _starts(planner, start.at):
-            continue
-        sure = start.port is not None
-        stretches = [Stretch(around, op, axis, dim, sure) for dim in dims]
-        seen |= {(i, axis, stretch.dim) for stretch in stretches for i in stretch.ops}
+    search, before, found = None, None, Moved()
+    for _ in range(ROUNDS):
+        ops = planner.propagated.program.ops()
+        starts = [start for op in ops for start in _starts(planner, op)]
+        search = search or (_Search(planner) if starts else None)
+        if search is None or not search.go(starts):
+            return found
+        found = search.found()._replace(before=before)
+        before = Wanted(planner.mesh, [*planner.layouts], {**planner.leave}, found)
+    return found
+
+
+class _Search:
+    """Stretches that are less, from one start after the other.
+
+    Args:
+      planner: `planner._Planner`.
+    """
+
+    def __init__(self, planner: Any):
+        self.planner, self.around = planner, Surroundings(planner)
+        self.looks = LOOKS * (len(self.around.trips) + WINDOW)
+        self.seen: set[tuple[int, str, int]] = set()  # equations that were part of a stretch
+        self.moved: dict[str, tuple[Op, set[int]]] = {}
+        self.taken = False
+        self.most = 0.0  # that is sent since an axis cannot stay
+
+    def found(self) -> Moved:
+        told = (_told(axis, first, len(places)) for axis, (first, places) in self.moved.items())
+        return Moved((*told,), self.taken)
+
+    def go(self, starts: list[_Start]) -> bool:
+        """Whether anything had better be elsewhere, of what begins where axes cannot stay."""
+        around, moved = self.around, False
+        self.seen.clear()
+        least = RATHER if self.moved else LEAST
+        starts.sort(key=lambda start: start.port is not None)  # loops see more, and take more looks
+        sent = {start: _sent(around, start) for start in starts}
+        self.most = max(self.most, *sent.values(), 0.0)
+        for start in starts:
+            op, axis = start.op, start.axis
+            if sent[start] < least * self.most or self.looks < 0:
+                continue
+            others = around.others(op, axis, taken=self.planner.on(TAKEN))
+            dims = [dim for dim in others if (op.index, axis, dim) not in self.seen]
+            if not dims or start not in _starts(self.planner, start.at):
+                continue
+            moved = self.look(start, dims) or moved
+        return moved
+
+    def look(self, start: _Start, dims: Sequence[int]) -> bool:
+        """Whether the best of the stretches in which an axis has another dim is less."""
+        op, axis, sure = start.op, start.axis, start.port is not None
+        stretches = [Stretch(self.around, op, axis, dim, sure) for dim in dims]
+        self.seen |= {(i, axis, stretch.dim) for stretch in stretches for i in stretch.ops}
+        self.looks -= sum(len(stretch.ops) for stretch in stretches)
         best = max(stretches, key=lambda stretch: stretch.gain)
-        if best.gain > 0:
-            taken = taken or best.dim not in around.others(op, axis, taken=False)
-            moved.setdefault(axis, (start.at, set()))[1].update(best.move())
-        looks -= sum(len(stretch.ops) for stretch in stretches)
-        if looks < 0:
-            break
-    told = (_told(axis, first, len(places)) for axis, (first, places) in moved.items())
-    return Moved((*told,), taken)
+        if best.gain <= 0:
+            return False
+        self.taken |= best.dim not in self.around.others(op, axis, taken=False)
+        self.moved.setdefault(axis, (start.at, set()))[1].update(best.move())
+        return True
 
 
 def _told(axis: str, first: Op, count: int) -> Diagnostic:

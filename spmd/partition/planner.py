@@ -14,13 +14,12 @@ from sharding.region import Port
 from sharding.spec import Layout
 from spmd.cost import ANY, Traits
 from spmd.partition.again import from_nothing
-from spmd.partition.around import HIDDEN
 from spmd.partition.broadcasts import late_broadcasts
 from spmd.partition.choose import Alternatives, alternatives
 from spmd.partition.direct import direct_moves
 from spmd.partition.flattened import follow_flattened
 from spmd.partition.gathers import shared
-from spmd.partition.moved import TAKEN, Moved, cheaper, move_axes
+from spmd.partition.moved import TAKEN, Moved, Wanted, cheaper, move_axes, spent
 from spmd.partition.placed import expected
 from spmd.partition.plan import (
     Compute,
@@ -52,16 +51,21 @@ def make_plan(
       traits: of the chip and its compiler.
     """
 
-    def planned(*off: str) -> tuple[ProgramPlan, Moved]:
-        planner = partial(_Planner, propagated, without=(*without, *off), traits=traits)
+    def planned(*off: str, wanted: Wanted | None = None) -> tuple[ProgramPlan, Moved]:
+        off = (*without, *off)
+        planner = partial(_Planner, propagated, without=off, traits=traits, begin=wanted)
         return _planned(planner, propagated, in_layouts, out_layouts, assumed or {})
 
     found, moved = planned()
     if moved.told:
+        if moved.before is not None:
+            once, _ = planned(wanted=moved.before)
+            found = min(found, once, key=lambda plan: spent(plan.body, traits.waits))
         other, _ = planned("moved_axes")
-        less = [name for name, has in ((TAKEN, moved.taken), (HIDDEN, traits.waits)) if has]
-        while not (better := cheaper(found.body, other.body, traits.waits)) and less:
-            found, _ = planned(less.pop(0))
+        better = cheaper(found.body, other.body, traits.waits)
+        if not better and moved.taken:
+            found, _ = planned(TAKEN)
+            better = cheaper(found.body, other.body, traits.waits)
         found = found if better else other
     return found if "late_broadcasts" in without else late_broadcasts(found)
 
@@ -104,7 +108,7 @@ def _sub_axes(body: RegionPlan) -> set[str]:
 class _Planner:
     def __init__(
         self, propagated: Propagated, mesh: MeshShape, without: Collection[str],
-        traits: Traits,
+        traits: Traits, begin: Wanted | None = None,
     ):  # fmt: skip
         self.traits = traits
         self.propagated, self.mesh, self.without = propagated, mesh, without
@@ -123,8 +127,13 @@ class _Planner:
         self.assumed: dict[int, Layout] = {}
         # Layouts in which values leave their regions, where they lie otherwise outside.
         self.leave: dict[int, Layout] = {}
+        self.moved = Moved()
+        if begin is not None and begin.mesh == mesh:
+            self.layouts, self.leave, self.moved = [*begin.layouts], {**begin.leave}, begin.moved
+            return
         follow_flattened(self)
-        self.moved = move_axes(self) if self.on("moved_axes") else Moved()
+        if self.on("moved_axes"):
+            self.moved = move_axes(self)
 
     def on(self, name: str) -> bool:
         """Whether a pass is on."""

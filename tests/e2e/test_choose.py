@@ -10,7 +10,10 @@ import pytest
 from jax.sharding import AbstractMesh
 
 import spmd
-from sharding import P
+from sharding import MeshShape, P
+from sharding.spec import Layout
+from spmd.partition.choose import costs
+from spmd.partition.tensor import Tensor
 from tests.oracle import check, kinds, make_mesh
 
 ROWS, WIDTH, TOKENS = 1024, 64, 4096
@@ -67,3 +70,25 @@ def test_what_is_asked_for_whole_is_gathered_once() -> None:
     x = np.random.default_rng(0).standard_normal((512, 64), np.float32)
     planned = check(lambda x: jnp.sort(x, axis=0), (x,), make_mesh(y=8), (P("y"),), P())
     assert kinds(planned) == {("all_gather", ("y",)): (1, x.nbytes * 7 / 8)}
+
+
+@pytest.mark.parametrize("take", [True, False])
+def test_of_a_table_the_rows_that_are_taken_count(take: bool) -> None:
+    """However long it is, where it is whole at hand. Of what is added to, all of it."""
+    sharded, whole = Layout((("d",), ())), Layout(((), ()))
+
+    def price(rows: int) -> float:
+        table = jax.ShapeDtypeStruct((rows, WIDTH), jnp.float32)
+        other = jax.ShapeDtypeStruct((256,) if take else table.shape, jnp.int32 if take else "f4")
+        fun = (lambda t, i: t[i]) if take else (lambda t, y: t + y)
+        stage = spmd.jit(fun, mesh=AbstractMesh((8,), ("d",))).trace(table, other)
+        op = next(op for op in stage.program.ops() if op.primitive.name in ("gather", "add")
+                  and op.inputs[0] is stage.program.body.inputs[0])  # fmt: skip
+        lie = [(whole,), *((Layout(((),) * v.rank),) for v in op.inputs[1:])]
+        operands = tuple(Tensor(v.shape, v.itemsize, at)
+                         for v, at in zip(op.inputs, lie, strict=True))  # fmt: skip
+        (out,) = op.outputs
+        result = Tensor(out.shape, out.itemsize, (sharded if take else whole,))
+        return costs(op.rule, operands, (result,), MeshShape((("d", 8),)))[1]
+
+    assert (price(1 << 12) == price(1 << 20)) == take
