@@ -6,6 +6,7 @@ from its neighbours. Nothing is ever gathered in order to be cut again.
 
 from collections.abc import Sequence
 from itertools import accumulate
+from math import prod
 from typing import Any
 
 import jax.numpy as jnp
@@ -118,11 +119,18 @@ def _rev(op: OpInfo) -> Rule:
 
 
 def _local_rev(ctx: Local, op: OpInfo, x: Any) -> Sequence[Any]:
-    for d in op.params["dimensions"]:
-        axes, n, size = ctx.axes(f"d{d}"), op.in_avals[0].shape[d], ctx.local_out(0)[d]
-        if axes:
-            shards = ctx.shards(f"d{d}")
-            x = ctx.fetch(x, d, axes, n, [n - size * (i + 1) for i in range(shards)], size)
+    shape, dims = op.in_avals[0].shape, op.params["dimensions"]
+    sharded = [d for d in dims if ctx.axes(f"d{d}")]
+    if len(sharded) > 1 and all(x.shape[d] * ctx.shards(f"d{d}") == shape[d] for d in sharded):
+        # Every device is the mirror image of one other.
+        axes = tuple(a for d in sharded for a in ctx.axes(f"d{d}"))
+        count = prod(ctx.shards(f"d{d}") for d in sharded)
+        (x,) = ctx.fetch(x[None], 0, axes, count, range(count)[::-1], 1)
+        return ctx.bind(x)
+    for d in sharded:
+        n, size, shards = shape[d], ctx.local_out(0)[d], ctx.shards(f"d{d}")
+        starts = [n - size * (i + 1) for i in range(shards)]
+        x = ctx.fetch(x, d, ctx.axes(f"d{d}"), n, starts, size)
     return ctx.bind(x)
 
 

@@ -114,6 +114,8 @@ def test_neighbours_exchange_what_crosses_the_border() -> None:
     assert moved(lambda t: t[:, 3:], X) == {}
     assert moved(lambda t: t[::2], X) == {}
     assert moved(lambda t: jnp.flip(t, 0), X) == {"permute": (1, 16 * ROW)}
+    flipped = check(lambda t: jnp.flip(t), (X,), MESH, P("x", "y"), P("x", "y"))
+    assert kinds(flipped) == {("permute", ("x", "y")): (1, 8 * ROW)}
     # 80 rows: shard 1 wants 4 rows of shard 0, and shard 2 of shard 3.
     assert moved(lambda t: jnp.pad(t, ((8, 8), (0, 0))), X) == {"permute": (1, 4 * ROW)}
     # Each shard sends its part of the one and of the other to somebody.
