@@ -144,10 +144,68 @@ def smoothed(x: Any) -> Any:
     return lax.fori_loop(0, len(x), step, (x[0], jnp.zeros_like(x)))[1]
 
 
+def selective(weights: Any, x: Any) -> Any:
+    """A selective state space over positions, as Mamba has it, x [batch, positions, width]."""
+
+    def loss(w: Any) -> Any:
+        def step(h: Any, row: Any) -> Any:
+            u, dt, b, c = row
+            h = jnp.exp(-dt[..., None] * w["decay"] ** 2) * h + (dt * u)[..., None] * b[:, None]
+            return h, (h * c[:, None]).sum(-1)
+
+        rows = x @ w["in"], jax.nn.softplus(x @ w["step"]), x @ w["b"], x @ w["c"]
+        start = jnp.zeros((len(x), *w["decay"].shape))
+        _, y = lax.scan(step, start, tuple(row.swapaxes(0, 1) for row in rows))
+        return ((y.swapaxes(0, 1) @ w["out"] - x) ** 2).mean()
+
+    return descend(loss, weights)
+
+
+def head(weights: Any, x: Any) -> Any:
+    """A layer and a head of one column, FSDP and tensor parallel."""
+
+    def loss(w: Any) -> Any:
+        return ((jnp.tanh(x @ w["layer"]) @ w["head"]) ** 2).mean()
+
+    return descend(loss, weights)
+
+
+def orthogonal(x: Any) -> Any:
+    """Four steps of Newton and Schulz, as Muon has them."""
+    x = x / jnp.linalg.norm(x)
+    for _ in range(4):
+        x = 1.5 * x - 0.5 * (x @ x.T) @ x
+    return x
+
+
+def levels(table: Any, x: Any) -> Any:
+    """Corners of a grid at four levels, looked up in a table by hashes, and its gradient."""
+
+    def loss(table: Any) -> Any:
+        found = []
+        for level in range(4):
+            place = jnp.abs(x) * 8 * 2**level
+            corner, part = jnp.floor(place).astype(jnp.uint32), place - jnp.floor(place)
+            for side in (0, 1):
+                a, b, c = (corner + jnp.uint32(side)).T
+                at = (a ^ b * jnp.uint32(2654435761) ^ c * jnp.uint32(805459861)) % table.shape[1]
+                weight = jnp.abs(1 - side - part).prod(-1)
+                found.append(weight[:, None] * table[level, at])
+        return (jnp.concatenate(found, -1) ** 2).mean()
+
+    return descend(loss, table)
+
+
 GRU = {name: array(64, 64) for name in ("zk", "hk", "zn", "hn")}
 CHUNKS = array(4, 8, 16, 16, 16)
 CODERS = [network(256, 512, 64), network(32, 512, 256)]
 QUERIES, TABLE = array(1024, 64), array(4096, 16)
+STATE = {
+    **{name: array(64, 64) for name in ("in", "step", "out")},
+    **{name: array(64, 8) for name in ("b", "c", "decay")},
+}
+NARROW = {"layer": array(64, 2048), "head": array(2048, 1)}
+NARROW_PLACES = {"layer": P("data", "part"), "head": P("data")}
 
 PROGRAMS = (
     program("rows", "`jax.lax.map` over rows", rows, (array(64, 4096),), (ROWS,), ROWS),
@@ -175,4 +233,13 @@ PROGRAMS = (
             (P("data", None, "part"),) * 3, (P("data", None, "part"),) * 3, pairs=True),
     program("smoothed", "rows of a sharded dim in a loop", smoothed, (array(512, 64),), (ROWS,),
             ROWS),
+    program("selective", "a selective state space, batch and positions sharded", selective,
+            (STATE, array(8, 128, 64)), ({name: P() for name in STATE}, PARTS),
+            {name: P() for name in STATE}, pairs=True),
+    program("head", "a layer and a head of one column, FSDP and tensor parallel", head,
+            (NARROW, array(2048, 64)), (NARROW_PLACES, ROWS), NARROW_PLACES, pairs=True),
+    program("orthogonal", "Newton and Schulz, both dims sharded", orthogonal, (array(256, 512),),
+            (PARTS,), PARTS, pairs=True),
+    program("levels", "corners of grids in a sharded table", levels,
+            (array(4, 2048, 4), array(1024, 3)), (P(None, "data"), ROWS), P(None, "data")),
 )  # fmt: skip

@@ -71,18 +71,18 @@ def _through(code: Code, inputs: Sequence[Key], outputs: Sequence[Key], mesh: Me
 
 
 def _together(code: Code, inputs: Sequence[Key], outputs: Sequence[Key], mesh: MeshShape) -> Code:
-    """What is moved rearranged, and as it is before or later."""
-    moves = (one for one in code if isinstance(one, Move) and one.plan.bytes)
-    later = {key: one for one in moves for key in one.writes}
-    made = {key: one for one in code for key in one.writes}
-    at_hand = {*inputs}
-    early: set[int] = set()
-    instead: dict[int, Code] = {}
-    for one in code:
-        if id(one) in early:
-            continue
-        if isinstance(one, Move) and one.plan.bytes:
-            for chain in _chains(one, made):
+    """What is moved rearranged, and as it is before or later; until nothing is."""
+    while True:
+        moves = (one for one in code if isinstance(one, Move) and one.plan.bytes)
+        later = {key: one for one in moves for key in one.writes}
+        made = {key: one for one in code for key in one.writes}
+        at_hand = {*inputs}
+        early: set[int] = set()
+        instead: dict[int, Code] = {}
+        for one in code:
+            if id(one) in early:
+                continue
+            for chain in _chains(one, made) if isinstance(one, Move) and one.plan.bytes else ():
                 found = _redone(chain, one.dst, mesh)
                 move = later.get(found[0]) if found else None
                 if found and found[0] in at_hand:
@@ -92,11 +92,11 @@ def _together(code: Code, inputs: Sequence[Key], outputs: Sequence[Key], mesh: M
                     instead[id(one)] = [move, *found[1]]
                 if id(one) in instead:
                     break
-        at_hand.update(key for new in instead.get(id(one), [one]) for key in new.writes)
-    if not instead:
-        return code
-    code = [new for one in code if id(one) not in early for new in instead.get(id(one), [one])]
-    return _together(_needed(code, inputs, outputs), inputs, outputs, mesh)
+            at_hand.update(key for new in instead.get(id(one), [one]) for key in new.writes)
+        if not instead:
+            return code
+        code = [new for one in code if id(one) not in early for new in instead.get(id(one), [one])]
+        code = _needed(code, inputs, outputs)
 
 
 def _needed(code: Code, inputs: Sequence[Key], outputs: Sequence[Key]) -> Code:
