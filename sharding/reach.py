@@ -85,8 +85,8 @@ def furthest(
     """Of each axis of the program's arguments, the dim that reaches furthest of those that have it,
     through values that are not kept from having it there.
 
-    A dim that has others in as large ones is none of those: the features of a layer whose weights
-    have others there, and the next layer's few weights this one.
+    Not a dim where as many elements have other axes: the features of a layer, which its weights
+    have on another axis than the few weights of the next layer.
 
     Not of an axis that annotations inside of the program give to another dim, or keep from this
     one: they say where it should be, and what lies between them is for their neighbours to decide.

@@ -313,7 +313,7 @@ def _tile(op: OpInfo) -> Rule:
     factors: dict[str, Factor] = {}
     left, right = [], []
     for d, (n, m) in enumerate(zip(src, dst, strict=True)):
-        twice = m == 2 * n > 2
+        twice = _twice(n, m)
         factors[f"d{d}"] = Factor(m, Kind.PERMUTE if twice else Kind.PASS)
         right.append((f"d{d}",))
         if n == m or twice:
@@ -326,9 +326,13 @@ def _tile(op: OpInfo) -> Rule:
                 local=_local_tile, local_when=cut, fetches=(0,))
 
 
+def _twice(n: int, m: int) -> bool:
+    return m == 2 * n > 2
+
+
 def _local_tile(ctx: Local, op: OpInfo, x: Any) -> Sequence[Any]:
     for d, (n, m) in enumerate(zip(op.in_avals[0].shape, op.out_avals[0].shape, strict=True)):
-        if m == 2 * n > 2:
+        if _twice(n, m):
             sharded = ctx.axes(f"d{d}")
             x = _joined(ctx, (x, x), (n, n), d) if sharded else lax.concatenate((x, x), d)
         elif n != m:

@@ -28,8 +28,8 @@ from spmd.partition.stretch import WINDOW, Stretch
 WORTH, MOST = 0.2, 1.5
 # What an equation sends, as a part of what any does, for a stretch to begin there.
 LEAST = 1 / 64
-# The same where others have moved meanwhile.
-RATHER = 1 / 8
+# The same once more, where others have moved.
+AGAIN = 1 / 8
 # Equations that are looked at, for each of the program: many starts may see the same ones.
 LOOKS = 16
 
@@ -130,7 +130,7 @@ class _Search:
         """Whether anything had better be elsewhere, of what begins where axes cannot stay."""
         around, moved = self.around, False
         self.seen.clear()
-        least = RATHER if self.moved else LEAST
+        least = AGAIN if self.moved else LEAST
         starts.sort(key=lambda start: start.port is not None)  # loops see more, and take more looks
         sent = {start: _sent(around, start) for start in starts}
         self.most = max(self.most, *sent.values(), 0.0)
