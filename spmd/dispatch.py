@@ -83,8 +83,9 @@ def jit(
         by all-to-alls, where others would gather), "shared_sums" (sums are reduced where that is
         cheapest for all that is made of them), "shared_gathers" (what several operations could
         gather is gathered once where that is), "direct_moves" (what is moved before and after it is
-        only rearranged is moved once), "late_broadcasts" (what is cut from one shard stays there
-        until others need it), "loop_sums" (what a loop adds up is reduced once, after it),
+        only rearranged, or as it is and rearranged, is moved once), "late_broadcasts" (what is cut
+        from one shard stays there until others need it), "loop_sums" (what a loop adds up is
+        reduced once, after it),
         "loop_invariants" (what its steps gather is gathered once), "split_scatters", "own_stacks"
         and "async_collectives" (what TPU compilers need in order to keep reduce-scatters, to fill
         no memory with zeros that are overwritten, and to run collectives beside computation),
