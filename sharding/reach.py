@@ -119,8 +119,8 @@ class _Said(NamedTuple):
 
     Attributes:
       has: of those that have an axis there.
-      kept: of those that say that it is not there.
-      others: of these, of those that have other axes there.
+      kept: of those that keep it from there: the dim is closed, and does not have it.
+      others: of those that are kept from it by other axes.
     """
 
     has: int = 0

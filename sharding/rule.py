@@ -92,7 +92,8 @@ class Rule:
       once: pointwise, but too dear to be computed again for each reader.
       spatial: factors that the kernel of a convolution passes over.
       annotation: the user's spec on the result, not yet resolved against axis rules and mesh.
-      flops: floating-point operations per element of the iteration space.
+      flops: floating-point operations per element of the iteration space; 0 of what only takes
+        elements, or writes them.
     """
 
     operands: tuple[Dims, ...]

@@ -216,21 +216,14 @@ def _concatenate(op: OpInfo) -> Rule:
 
 
 def _local_concatenate(ctx: Local, op: OpInfo, *operands: Any) -> Sequence[Any]:
+    """Every place of this shard's part is taken from the operand that it falls into."""
     axis = op.params["dimension"]
-    return [_joined(ctx, operands, [aval.shape[axis] for aval in op.in_avals], axis)]
-
-
-def _joined(ctx: Local, operands: Sequence[Any], sizes: Sequence[int], axis: int) -> Any:
-    """Every place of this shard's part is taken from the operand that it falls into.
-
-    Args:
-      sizes: of the whole operands along the joined dim.
-    """
     factor = f"d{axis}"
     axes, shards = ctx.axes(factor), ctx.shards(factor)
+    sizes = [aval.shape[axis] for aval in op.in_avals]
     parted = all(x.shape[axis] * shards == n for x, n in zip(operands, sizes, strict=True))
     if parted and len({*sizes}) == 1 and shards % len(operands) == 0:
-        return _in_turn(ctx, operands, axis)
+        return [_in_turn(ctx, operands, axis)]
     shape = _resized(operands[0], axis, ctx.local_out(0)[axis])
     at = ctx.offset(factor) + lax.broadcasted_iota(jnp.int32, shape, axis)
     out, begin = None, 0
@@ -241,7 +234,7 @@ def _joined(ctx: Local, operands: Sequence[Any], sizes: Sequence[int], axis: int
         if n:
             out = jnp.broadcast_to(x, shape) if out is None else jnp.where(at >= begin, x, out)
         begin += n
-    return operands[0] if out is None else out
+    return [operands[0] if out is None else out]
 
 
 def _in_turn(ctx: Local, operands: Sequence[Any], axis: int) -> Any:
@@ -308,34 +301,26 @@ def _unstack(op: OpInfo) -> Rule:
 @register(_jax.tile_p)
 def _tile(op: OpInfo) -> Rule:
     """A repeated dim is whole in the operand, which is the smaller; each shard of the result makes
-    its own part of it. What is there twice is joined with itself."""
+    its own part of it."""
     src, dst = op.in_avals[0].shape, op.out_avals[0].shape
     factors: dict[str, Factor] = {}
     left, right = [], []
     for d, (n, m) in enumerate(zip(src, dst, strict=True)):
-        twice = _twice(n, m)
-        factors[f"d{d}"] = Factor(m, Kind.PERMUTE if twice else Kind.PASS)
+        factors[f"d{d}"] = Factor(m)
         right.append((f"d{d}",))
-        if n == m or twice:
+        if n == m:
             left.append((f"d{d}",))
         else:
             factors[f"i{d}"] = Factor(n, Kind.FIXED)
             left.append((f"i{d}",) if n != 1 else ())
     cut = frozenset(f"d{d}" for d, (n, m) in enumerate(zip(src, dst, strict=True)) if n != m)
     return Rule((tuple(left),), (tuple(right),), factors, linear=((0,),), expands=True,
-                local=_local_tile, local_when=cut, fetches=(0,))
-
-
-def _twice(n: int, m: int) -> bool:
-    return m == 2 * n > 2
+                local=_local_tile, local_when=cut)
 
 
 def _local_tile(ctx: Local, op: OpInfo, x: Any) -> Sequence[Any]:
     for d, (n, m) in enumerate(zip(op.in_avals[0].shape, op.out_avals[0].shape, strict=True)):
-        if _twice(n, m):
-            sharded = ctx.axes(f"d{d}")
-            x = _joined(ctx, (x, x), (n, n), d) if sharded else lax.concatenate((x, x), d)
-        elif n != m:
+        if n != m:
             at = ctx.offset(f"d{d}") + lax.iota(jnp.int32, ctx.local_out(0)[d])
             x = jnp.take(x, at % max(n, 1), axis=d, mode="clip")
     return [x]

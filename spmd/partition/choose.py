@@ -6,7 +6,7 @@ carried as partial. Among the legal assignments the one with the cheapest reshar
 is taken; results decide ties.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise, product
 from math import prod
@@ -143,7 +143,7 @@ def _all_candidates(
             assignment = _assemble(rule, axes, combo, options.order)
             carries = can_carry(rule, assignment.carried, operands, mixed) and _apart(assignment)
             assignment = _without_gathered(rule, assignment, operands, mesh)
-            assignment = _where_whole(rule, assignment, operands)
+            assignment = _where_whole(rule, assignment, operands, results, mesh)
             if carries and legal(rule, assignment.axes, mesh):
                 found = True
                 yield from (assignment, *options.swapped(assignment))
@@ -166,25 +166,38 @@ def _without_gathered(
     return assignment._replace(factors=tuple(f for f in assignment.factors if f[0] not in whole))
 
 
-def _where_whole(rule: Rule, assignment: Assignment, operands: Sequence[Tensor]) -> Assignment:
+def _where_whole(
+    rule: Rule, assignment: Assignment, operands: Sequence[Tensor], results: Sequence[Tensor],
+    mesh: MeshShape,
+) -> Assignment:  # fmt: skip
     """Operands that are whole anyway along what is sharded stay so: each device takes its part of
     them, where others would have it from their neighbours."""
     if not rule.fetches:
         return assignment
-    along = {t: set[str]() for t in rule.fetches}
+    along = {t: dict[str, None]() for t in rule.fetches}
     for name, axes in assignment.factors:
         if rule.factors[name].kind is Kind.PERMUTE:
             for t, _ in rule.where[name]:
-                along.get(t, set()).update(axes)
-    whole = tuple(t for t, axes in along.items() if axes and _is_whole(operands[t], axes))
+                along.get(t, {}).update(dict.fromkeys(axes))
+    made = prod(results[0].shape)
+    whole = tuple(
+        t for t, axes in along.items() if axes and (
+            _little(operands[t], made // axes_size(mesh, tuple(axes)))
+            if operands[t].anywhere else _is_whole(operands[t], axes)
+        )
+    )  # fmt: skip
     return assignment._replace(whole=whole)
 
 
-def _is_whole(tensor: Tensor, along: set[str]) -> bool:
-    """Whether a value is at hand without some axes."""
-    layouts = tensor.layouts
-    return tensor.anywhere or not all(any(overlap(a, b) for b in layout.used for a in along)
-                                      for layout in layouts)  # fmt: skip
+def _little(tensor: Tensor, elements: int) -> bool:
+    """Whether what is made from nothing is no more, whole, than a device's part of the result."""
+    return prod(tensor.shape) <= elements
+
+
+def _is_whole(tensor: Tensor, along: Collection[str]) -> bool:
+    """Whether a value is at hand without any of some axes."""
+    return any(not any(overlap(a, b) for b in layout.used for a in along)
+               for layout in tensor.layouts)  # fmt: skip
 
 
 def _apart(assignment: Assignment) -> bool:

@@ -17,7 +17,7 @@ So is what is moved once as it is and once rearranged, as by Newton and Schulz (
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -71,27 +71,24 @@ def _through(code: Code, inputs: Sequence[Key], outputs: Sequence[Key], mesh: Me
 
 
 def _together(code: Code, inputs: Sequence[Key], outputs: Sequence[Key], mesh: MeshShape) -> Code:
-    """What is moved rearranged, and as it is before or later; until nothing is."""
+    """What is moved rearranged, and as it is before or later: once as it is, from the first of both
+    on. That is never more than to move it twice, whatever is held meanwhile."""
     while True:
         moves = (one for one in code if isinstance(one, Move) and one.plan.bytes)
-        later = {key: one for one in moves for key in one.writes}
+        moved = {key: one for one in moves for key in one.writes}
         made = {key: one for one in code for key in one.writes}
-        at_hand = {*inputs}
-        early: set[int] = set()
-        instead: dict[int, Code] = {}
+        at_hand, early, instead = {*inputs}, set[int](), dict[int, Code]()
         for one in code:
             if id(one) in early:
                 continue
-            for chain in _chains(one, made) if isinstance(one, Move) and one.plan.bytes else ():
-                found = _redone(chain, one.dst, mesh)
-                move = later.get(found[0]) if found else None
-                if found and found[0] in at_hand:
-                    instead[id(one)] = found[1]
-                elif found and move and at_hand.issuperset(move.reads):
-                    early.add(id(move))
-                    instead[id(one)] = [move, *found[1]]
-                if id(one) in instead:
-                    break
+            if isinstance(one, Move) and one.plan.bytes:
+                for chain in _chains(one, made):
+                    found = _redone(chain, one.dst, mesh)
+                    first = _first(found[0], moved, at_hand) if found else None
+                    if found and first is not None:
+                        early |= {*map(id, first)}
+                        instead[id(one)] = [*first, *found[1]]
+                        break
             at_hand.update(key for new in instead.get(id(one), [one]) for key in new.writes)
         if not instead:
             return code
@@ -99,8 +96,16 @@ def _together(code: Code, inputs: Sequence[Key], outputs: Sequence[Key], mesh: M
         code = _needed(code, inputs, outputs)
 
 
+def _first(key: Key, moved: Mapping[Key, Move], at_hand: Set[Key]) -> list[Move] | None:
+    """What has to be done for something to be there now; None: it cannot be."""
+    if key in at_hand:
+        return []
+    move = moved.get(key)
+    return [move] if move is not None and at_hand >= {*move.reads} else None
+
+
 def _needed(code: Code, inputs: Sequence[Key], outputs: Sequence[Key]) -> Code:
-    """Without what rearranges something once more, or for nobody."""
+    """Without what rearranges something that was so rearranged before, or for nobody."""
     known, once = {*inputs}, list[Move | Compute]()
     for one in code:
         if not _idle(one) or not known.issuperset(one.writes):

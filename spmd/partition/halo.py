@@ -122,7 +122,8 @@ def fetch(
     shape = (*x.shape[:dim], width, *x.shape[dim + 1 :])
     if 0 in shape or not size:
         return jnp.full(shape, fill)
-    if x.shape[dim] == size > 1 < shards:
+    whole = size > 1 and x.shape[dim] == size  # a shard of several has fewer elements
+    if whole and shards > 1:
         return _own(x, dim, starts, width, fill, index, wrap)
     exchanged = hops(size, x.shape[dim], shards, starts, width, wrap)
     inside = wrap or all(0 <= s and s + width <= size for s in starts)
@@ -145,11 +146,13 @@ def fetch(
 def _own(
     x: Any, dim: int, starts: tuple[int, ...], width: int, fill: Any, index: Any, wrap: bool
 ) -> Any:
-    """What this device wants of an array that is whole on every device."""
+    """What this device wants of an array that is whole on every device. Of the fill, too, as much
+    as it wants alone: where the array is not fused with that, nothing as large as the result."""
     size = x.shape[dim]
     if wrap:
         at = (pick(starts, index) + lax.iota(jnp.int32, width)) % size
         return jnp.take(x, at, axis=dim, mode="clip")
+    starts = tuple(min(max(start, -width), size) for start in starts)
     low, high = max(0, -min(starts)), max(0, max(starts) + width - size)
     if low or high:
         x = lax.pad(x, fill, [(low, high, 0) if d == dim else (0, 0, 0) for d in range(x.ndim)])

@@ -50,7 +50,7 @@ class Moved(NamedTuple):
     Attributes:
       told: an entry per axis.
       taken: whether one came to a dim that it shards of another operand, see `TAKEN`.
-      before: what was wanted before axes were looked for once more, if any moved then.
+      before: what was wanted after the first look, where some moved in the second; else None.
     """
 
     told: tuple[Diagnostic, ...] = ()
@@ -95,13 +95,14 @@ def move_axes(planner: Any) -> Moved:
     Args:
       planner: `planner._Planner`.
     """
-    search, before, found = None, None, Moved()
+    found, search, before = Moved(), None, None
     for _ in range(ROUNDS):
         ops = planner.propagated.program.ops()
         starts = [start for op in ops for start in _starts(planner, op)]
-        search = search or (_Search(planner) if starts else None)
+        if starts and search is None:
+            search = _Search(planner)
         if search is None or not search.go(starts):
-            return found
+            break
         found = search.found()._replace(before=before)
         before = Wanted(planner.mesh, [*planner.layouts], {**planner.leave}, found)
     return found
@@ -120,7 +121,7 @@ class _Search:
         self.seen: set[tuple[int, str, int]] = set()  # equations that were part of a stretch
         self.moved: dict[str, tuple[Op, set[int]]] = {}
         self.taken = False
-        self.most = 0.0  # that is sent since an axis cannot stay
+        self.most = 0.0  # that any equation sends since an axis cannot stay
 
     def found(self) -> Moved:
         told = (_told(axis, first, len(places)) for axis, (first, places) in self.moved.items())
@@ -174,13 +175,14 @@ def moves(plan: ProgramPlan) -> bool:
     return any(told.kind == _KIND for told in plan.diagnostics)
 
 
-def spent(body: RegionPlan, waits: Mapping[str, float]) -> float:
+def spent(body: RegionPlan, waits: Mapping[str, float], delays: bool = False) -> float:
     """What a plan moves and multiplies, in bytes on a link.
 
     Args:
       waits: see `Traits`.
+      delays: whether it counts how often something is sent in loops of many steps.
     """
-    return sum(_spent(body, waits, delays=False))
+    return sum(_spent(body, waits, delays))
 
 
 def cheaper(moved: RegionPlan, other: RegionPlan, waits: Mapping[str, float]) -> bool:

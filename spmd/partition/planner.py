@@ -59,8 +59,8 @@ def make_plan(
     found, moved = planned()
     if moved.told:
         if moved.before is not None:
-            once, _ = planned(wanted=moved.before)
-            found = min(found, once, key=lambda plan: spent(plan.body, traits.waits))
+            both = (found, moved), planned(wanted=moved.before)
+            found, moved = min(both, key=lambda one: spent(one[0].body, traits.waits, delays=True))
         other, _ = planned("moved_axes")
         better = cheaper(found.body, other.body, traits.waits)
         if not better and moved.taken:

@@ -60,7 +60,7 @@ def test_where_one_has_moved_another_may(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_of_both_plans_the_one_that_sends_less(monkeypatch: pytest.MonkeyPatch) -> None:
     real = moved.spent
     with monkeypatch.context() as patch:
-        patch.setattr(planner, "spent", lambda *args: -real(*args))
+        patch.setattr(planner, "spent", lambda *args, **how: -real(*args, **how))
         worse = str(plan().plan)
     assert worse != str(plan().plan)
     monkeypatch.setattr(moved, "ROUNDS", 1)

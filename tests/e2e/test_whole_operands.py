@@ -1,6 +1,7 @@
 """Operands that are whole on every device where results are sharded: each takes its part of them,
 and nothing is exchanged."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -84,3 +85,22 @@ def test_what_is_made_from_nothing_is_exchanged_by_nobody() -> None:
     planned = check(lambda x: jnp.concatenate([jnp.ones((8, 3)), x]), (X,), MESH, (P("y"),),
                     P("y"))  # fmt: skip
     assert kinds(planned) == {("permute", ("y",)): (1, 6 * 3 * 4.0)}
+
+
+def test_what_is_made_from_nothing_is_not_made_larger_for_it() -> None:
+    """Half of a result of zeros, say: on every device it would take what all of them have."""
+    x = arr(64, 3)
+    planned = check(lambda x: jnp.concatenate([x, jnp.zeros_like(x)]), (x,), MESH, (P("y"),),
+                    P("y"))  # fmt: skip
+    assert not any("= broadcast_in_dim(0.0)" in line and "[-, -]" in line
+                   for line in str(planned.plan).splitlines())  # fmt: skip
+    assert planned.wire_bytes == 2 * 16 * 3 * 4
+
+
+def test_little_is_padded_by_little() -> None:
+    """What a device takes of a few rows is not cut from an array as large as all of the result."""
+    few, many = arr(8, 3), arr(4000, 3)
+    planned = check(lambda few, many: jnp.concatenate([many, few]), (few, many), MESH,
+                    (P(), P("y")), P("y"))  # fmt: skip
+    padded = re.findall(r"f32\[(\d+),3\] = pad", str(planned.jaxpr))
+    assert padded and max(map(int, padded)) <= 8 + 2 * 1002
