@@ -17,6 +17,9 @@ from sharding.program import Program, Value
 from sharding.rule import Factor, Kind
 from sharding.spec import Sharding
 
+# What reaches about as far as what reaches furthest, as a part of that.
+_NEAR = 0.5
+
 
 def _passes(factor: Factor) -> bool:
     return factor.size > 1 and factor.kind is Kind.PASS
@@ -85,8 +88,8 @@ def furthest(
     """Of each axis of the program's arguments, the dim that reaches furthest of those that have it,
     through values that are not kept from having it there.
 
-    Not a dim where as many elements have other axes: the features of a layer, which its weights
-    have on another axis than the few weights of the next layer.
+    Not a dim where as many elements have other axes, if there is one that reaches half as far: the
+    features of a layer, which its weights have on another axis than the few weights of the next.
 
     Not of an axis that annotations inside of the program give to another dim, or keep from this
     one: they say where it should be, and what lies between them is for their neighbours to decide.
@@ -102,8 +105,11 @@ def furthest(
     given = _said(annotations, wanted, reach)
     found = {}
     for axis, dims in wanted.items():
-        asked = [dim for dim in dims if given[axis, dim].has > given[axis, dim].others] or dims
-        found[axis] = max(asked, key=lambda dim: reach.of(dim) - given[axis, dim].kept)
+        reaches = {dim: reach.of(dim) - given[axis, dim].kept for dim in dims}
+        far = _NEAR * max(reaches.values())
+        alone = [dim for dim in dims if given[axis, dim].has > given[axis, dim].others]
+        asked = [dim for dim in alone if reaches[dim] >= far] or dims
+        found[axis] = max(asked, key=reaches.__getitem__)
     for value, sharding in annotations:
         for d, dim in enumerate(() if value.id in entering | leaving else sharding.dims):
             place = reach.dim(value, d)
