@@ -26,6 +26,9 @@ FLOPS_PER_BYTE = 256.0
 STEPS, LATENCY = 32, 1 << 19
 # Operations between a sum and what it is added to.
 _FEW = 4
+# Off: what runs beside computation counts like all that is sent. Counted for less, gathers stay
+# that each hide, where all of them do not.
+HIDDEN = "hidden_transfers"
 # What it counts for a loop to bring somewhere what could be there before it.
 RATHER = 1.01
 
@@ -111,6 +114,7 @@ class Surroundings:
     def __init__(self, planner: Any):
         self.planner, self.mesh = planner, planner.mesh
         self.program = planner.propagated.program
+        self.waits = planner.traits.waits if planner.on(HIDDEN) else {}
         self.reach = Reach(self.program.values, planner.propagated.links)
         self.trips: dict[int, int] = {}  # of equations, by index
         self.made: dict[int, int] = {}  # how often values are
@@ -227,7 +231,7 @@ class Surroundings:
         if src == dst or self.of_nothing(value):
             return 0.0
         found = plan(src, dst, value.shape, value.itemsize, self.mesh)
-        return waited(found, self.planner.traits.waits)
+        return waited(found, self.waits)
 
     def _count(self, region: Region, trips: int) -> None:
         self.made.update((v.id, trips) for v in (*region.inputs, *region.consts))

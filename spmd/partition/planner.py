@@ -14,6 +14,7 @@ from sharding.region import Port
 from sharding.spec import Layout
 from spmd.cost import ANY, Traits
 from spmd.partition.again import from_nothing
+from spmd.partition.around import HIDDEN
 from spmd.partition.broadcasts import late_broadcasts
 from spmd.partition.choose import Alternatives, alternatives
 from spmd.partition.direct import direct_moves
@@ -62,10 +63,9 @@ def make_plan(
             both = (found, moved), planned(wanted=moved.before)
             found, moved = min(both, key=lambda one: spent(one[0].body, traits.waits, delays=True))
         other, _ = planned("moved_axes")
-        better = cheaper(found.body, other.body, traits.waits)
-        if not better and moved.taken:
-            found, _ = planned(TAKEN)
-            better = cheaper(found.body, other.body, traits.waits)
+        less = [name for name, has in ((TAKEN, moved.taken), (HIDDEN, traits.waits)) if has]
+        while not (better := cheaper(found.body, other.body, traits.waits)) and less:
+            found, _ = planned(less.pop(0))
         found = found if better else other
     return found if "late_broadcasts" in without else late_broadcasts(found)
 
