@@ -69,11 +69,12 @@ class _Graph:
                 self._send((edge, on), flow)
 
     def reached(self) -> list[int]:
-        """Per node its steps from the source, -1 where no capacity is left to it."""
+        """Per node its steps from the source; -1 where no capacity is left to it, or where it is
+        further than the sink."""
         steps = [-1] * len(self.out)
         steps[_SOURCE], left, least = 0, self.left, self.least
         front, far = [_SOURCE], 0
-        while front:
+        while front and steps[_SINK] < 0:
             far += 1
             following = []
             for at in front:
@@ -87,8 +88,8 @@ class _Graph:
     def saturate(self, steps: Sequence[int]) -> None:
         """Sends along shortest paths until none has capacity left."""
         left, ends, least = self.left, self.ends, self.least
-        # Per node the edges that may lead on; the last is tried next.
-        ways = [[*out.values()] for out in self.out]
+        # Per node that was reached the edges that may lead on; the last is tried next.
+        ways: list[list[int] | None] = [None] * len(self.out)
         path: list[int] = []  # of edges
         while True:
             at = ends[path[-1]] if path else _SOURCE
@@ -98,15 +99,23 @@ class _Graph:
                 self._send(path, flow)
                 del path[next(i for i, edge in enumerate(path) if left[edge] <= least) :]
                 continue
-            further, tried = steps[at] + 1, ways[at]
-            while tried and not (left[tried[-1]] > least and steps[ends[tried[-1]]] == further):
+            tried = ways[at]
+            if tried is None:
+                further = steps[at] + 1
+                tried = ways[at] = [
+                    edge for to, edge in self.out[at].items()
+                    if steps[to] == further and left[edge] > least
+                ]  # fmt: skip
+            while tried and left[tried[-1]] <= least:
                 tried.pop()
             if tried:
                 path.append(tried[-1])
-            elif path:
-                ways[ends[path.pop() ^ 1]].pop()
-            else:
+            elif not path:
                 return
+            else:
+                before = ways[ends[path.pop() ^ 1]]
+                assert before
+                before.pop()
 
     def _send(self, path: Iterable[int], flow: float) -> None:
         for edge in path:
