@@ -19,7 +19,7 @@ So is what is moved once as it is and once rearranged, as by Newton and Schulz (
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from sharding.mesh import MeshShape
 from sharding.spec import Layout
@@ -108,26 +108,22 @@ def _needed(code: Code, inputs: Sequence[Key], outputs: Sequence[Key]) -> Code:
     """Without what rearranges something that was so rearranged before, or for nobody."""
     known, once = {*inputs}, list[Move | Compute]()
     for one in code:
-        if not _idle(one) or not known.issuperset(one.writes):
+        if not _rearranges(one) or not known.issuperset(one.writes):
             once.append(one)
             known.update(one.writes)
     read, kept = {*outputs}, list[Move | Compute]()
     for one in reversed(once):
-        if not _idle(one) or not read.isdisjoint(one.writes):
+        if not _rearranges(one) or not read.isdisjoint(one.writes):
             kept.append(one)
             read.update(one.reads)
     return kept[::-1]
-
-
-def _idle(one: Move | Compute) -> bool:
-    return isinstance(one, Compute) and one.op.control is None and _rearranges(one)
 
 
 def _chains(move: Move, made: dict[Key, Move | Compute]) -> Iterator[list[Compute]]:
     """The operations that rearrange something to what is moved, the shortest first."""
     chain: list[Compute] = []
     one = made.get(move.reads[0])
-    while isinstance(one, Compute) and len(chain) < _LONGEST and _rearranges(one):
+    while one is not None and len(chain) < _LONGEST and _rearranges(one):
         chain.insert(0, one)
         yield [*chain]
         one = made.get(one.operands[_array(one)])
@@ -142,18 +138,15 @@ class _Between(NamedTuple):
 
 
 def _between(after: Move, made: dict[Key, Move | Compute]) -> _Between | None:
-    chain: list[Compute] = []
-    if not after.plan.bytes:
-        return None
-    one = made.get(after.reads[0])
-    while isinstance(one, Compute) and len(chain) < _LONGEST and _rearranges(one):
-        chain.insert(0, one)
-        one = made.get(one.operands[_array(one)])
-    return _Between(one, chain, after) if chain and isinstance(one, Move) else None
+    *_, chain = [], *(_chains(after, made) if after.plan.bytes else ())
+    before = made.get(chain[0].operands[_array(chain[0])]) if chain else None
+    return _Between(before, chain, after) if isinstance(before, Move) else None
 
 
-def _rearranges(one: Compute) -> bool:
-    """Whether it does so with one array; others are scalars."""
+def _rearranges(one: Move | Compute) -> TypeGuard[Compute]:
+    """Whether an operation does so with one array; others are scalars."""
+    if isinstance(one, Move):
+        return False
     return sum(v.rank > 0 for v in one.op.inputs) == 1 and plain(one.op)
 
 

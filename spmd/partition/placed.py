@@ -49,8 +49,8 @@ def _placed(rule: Rule, assignment: Assignment, mesh: MeshShape) -> _Placed:
         factor = rule.factors[name]
         if factor.kind is Kind.REDUCE:
             partial += [(a, factor.monoid) for a in axes]
-    fetched = {n: a for n, a in assignment.factors if rule.factors[n].kind is not Kind.PERMUTE}
-    dims = [to_dims(rule, t, fetched if t in assignment.whole else assignment.axes, mesh)
+    rest = {n: a for n, a in assignment.factors if rule.factors[n].kind is not Kind.PERMUTE}
+    dims = [to_dims(rule, t, rest if t in assignment.whole else assignment.axes, mesh)
             for t in range(len(rule.tensors))]  # fmt: skip
     first = len(rule.operands)
     return _Placed(
