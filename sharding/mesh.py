@@ -8,7 +8,7 @@ sub-axis `(m)k` of an axis of size n is the middle dimension when the axis is re
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import gcd, prod
 from typing import Any
 
@@ -28,8 +28,19 @@ def split_ref(ref: str) -> tuple[str, int, int | None]:
     return match["name"], int(match["pre"]), int(match["size"])
 
 
-@dataclass(frozen=True)
-class MeshShape:
+class _One(type):
+    """Equal instances are one object: what is asked of them again and again is looked up by it."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        made = super().__call__(*args, **kwargs)
+        return _MADE.setdefault((made.axes, made.manual, made.across), made)
+
+
+_MADE: dict[Any, "MeshShape"] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class MeshShape(metaclass=_One):
     """The names and sizes of the mesh axes, major to minor; no device is involved.
 
     Attributes:
@@ -65,16 +76,8 @@ class MeshShape:
         if problems:
             raise MeshError(*problems)
 
-    def __hash__(self) -> int:
-        return self._hash
-
     def __reduce__(self) -> tuple[Any, ...]:
-        # Without its hash, which is that of strings in this process.
         return MeshShape, (self.axes, self.manual, self.across)
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash((self.axes, self.manual, self.across))
 
     @staticmethod
     def of(mesh: Any) -> "MeshShape":

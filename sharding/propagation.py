@@ -42,6 +42,7 @@ class Propagated:
       links: equations and edges, as `events` number them.
       events: every refinement, in order.
       rejections: every proposal that lost, with the reason.
+      reach: the dims of the program, and how far each goes.
     """
 
     program: Program
@@ -50,6 +51,7 @@ class Propagated:
     links: tuple[Link, ...]
     events: tuple[Event, ...]
     rejections: tuple[Rejection, ...]
+    reach: Reach
 
     def of(self, value: Value) -> Sharding:
         return self.shardings[value.id]
@@ -123,10 +125,10 @@ class _Propagation:
         self.events: list[Event] = []
         self.rejections: dict[Rejection, None] = {}
         self.links = make_links(program)
-        reach = Reach(program.values, self.links)
-        self.first = furthest(program, annotations, reach)
+        self.reach = Reach(program.values, self.links)
+        self.first = furthest(program, annotations, self.reach)
         self.decider = Decider(mesh, tuple(self.first))
-        self.cases = [self.decider.case(self.case(link, reach)) for link in self.links]
+        self.cases = [self.decider.case(self.case(link)) for link in self.links]
         self.states = [
             self.decider.state(State(((),) * v.rank, (True,) * v.rank)) for v in program.values
         ]
@@ -140,9 +142,9 @@ class _Propagation:
         self.contested: dict[int, bool] = {}  # link -> whether only their order decides
         self.level = 0
 
-    def case(self, link: Link, reach: Reach) -> Case:
+    def case(self, link: Link) -> Case:
         """A link apart from where in the program it is."""
-        rule, ids = link.rule, [v.id for v in link.values]
+        rule, reach, ids = link.rule, self.reach, [v.id for v in link.values]
         dims = [reach.factor(link, name) if rule.where[name] else -1 for name in rule.factors]
         far = [reach.of(dim) if dim >= 0 else 0 for dim in dims]
         order = sorted({*far})
@@ -166,7 +168,7 @@ class _Propagation:
                 self.settle()
         return Propagated(
             self.program, self.mesh, self.shardings(), tuple(self.links), tuple(self.events),
-            tuple(self.rejections),
+            tuple(self.rejections), self.reach,
         )  # fmt: skip
 
     def settle(self) -> None:

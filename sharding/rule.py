@@ -173,6 +173,11 @@ class Rule:
         """Every dim has at most one factor, which may be sharded in any way."""
         return not self.even and not self.alone
 
+    @property
+    def picky(self) -> bool:
+        """Whether there are factors that are rather left whole, see `gathers`."""
+        return self.gathers is not _nowhere
+
     def __str__(self) -> str:
         def side(tensors: tuple[Dims, ...]) -> str:
             return ", ".join(" ".join("".join(d) or "1" for d in dims) or "()" for dims in tensors)

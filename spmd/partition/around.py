@@ -5,18 +5,17 @@ from typing import Any, NamedTuple
 
 from sharding.mesh import MeshShape, axis_size
 from sharding.program import Op, Region, Value
-from sharding.reach import Reach
 from sharding.region import Port
 from sharding.rule import Kind, Rule
 from sharding.spec import Layout
 from spmd.partition.again import of_nothing
-from spmd.partition.choose import costs, iterations
+from spmd.partition.choose import costs
 from spmd.partition.linear import only_reader
 from spmd.partition.loops import WORTH, inside, unchanged
-from spmd.partition.placed import makes, needs
+from spmd.partition.placed import flops, forced, makes, needs
 from spmd.partition.plan import UNKNOWN_STEPS, Assignment, steps
 from spmd.partition.reshard import Plan, plan
-from spmd.partition.scope import whole
+from spmd.partition.scope import agree, whole
 from spmd.partition.tensor import Tensor
 
 # Operations that weigh as much as a byte on a link: a tenth of what a chip multiplies in its time.
@@ -37,7 +36,7 @@ def work(rule: Rule, assignment: Assignment, mesh: MeshShape) -> float:
     """Of a product, in bytes on a link; what is elementwise is done beside it."""
     if rule.flops == 1:
         return 0.0
-    return iterations(rule, assignment.axes, mesh) * rule.flops / FLOPS_PER_BYTE
+    return flops(rule, assignment, mesh) / FLOPS_PER_BYTE
 
 
 def waited(found: Plan, waits: Mapping[str, float]) -> float:
@@ -77,13 +76,13 @@ class Way(NamedTuple):
     Attributes:
       work: of a product, in bytes on a link.
       brought: what brings its results to where they are wanted.
-      needs: layouts of its operands.
+      needs: layouts of its operands, by number.
       sends: whether that sends anything.
     """
 
     work: float
     brought: float
-    needs: tuple[Layout, ...]
+    needs: tuple[int, ...]
     sends: bool
 
     @property
@@ -105,17 +104,20 @@ class Flow(NamedTuple):
 
 
 class Surroundings:
-    """What the stretches of a program have in common.
+    """What the stretches of a program have in common. Layouts go by their numbers here: the same
+    few are asked about again and again.
 
     Args:
       planner: `planner._Planner`.
+
+    Attributes:
+      layouts: by number.
     """
 
     def __init__(self, planner: Any):
         self.planner, self.mesh = planner, planner.mesh
         self.program = planner.propagated.program
         self.waits = planner.traits.waits if planner.on(HIDDEN) else {}
-        self.reach = Reach(self.program.values, planner.propagated.links)
         self.trips: dict[int, int] = {}  # of equations, by index
         self.made: dict[int, int] = {}  # how often values are
         self.flows: dict[int, list[Flow]] = {}
@@ -128,17 +130,32 @@ class Surroundings:
         self._count(self.program.body, 1)
         self.given = {v.id for v in self.program.body.inputs}
         self.ends = self.given | {v.id for v in self.program.body.outputs}
-        self._dims: dict[int, tuple[int, ...]] = {}
+        dim = planner.propagated.reach.dim
+        self._dims = [tuple(dim(v, d) for d in range(v.rank)) for v in self.program.values]
+        self._having: dict[int, set[int]] = {}
         self._nothing: dict[int, bool] = {}
-        self._ways: dict[Hashable, Way] = {}
-        self._sizes: dict[int, tuple[Any, ...]] = {}  # of what equations read and make
+        self.layouts: list[Layout] = []
+        self._numbers: dict[Layout, int] = {}
+        self._alike: dict[int, int] = {}  # of equations that are alike the same number
+        self._kinds: dict[Hashable, int] = {}
+        self._ways: dict[tuple[int, ...], Way] = {}
+        self._brought: dict[tuple[int, int, int], float] = {}
 
     def dims(self, value: Value) -> tuple[int, ...]:
         """The dims of the program that those of a value are."""
-        found = self._dims.get(value.id)
+        return self._dims[value.id]
+
+    def having(self, dim: int) -> set[int]:
+        """The values that have a dim of the program, by id."""
+        found = self._having.get(dim)
         if found is None:
-            found = tuple(self.reach.dim(value, d) for d in range(value.rank))
-            self._dims[value.id] = found
+            found = self._having[dim] = {i for i, dims in enumerate(self._dims) if dim in dims}
+        return found
+
+    def number(self, layout: Layout) -> int:
+        found = self._numbers.setdefault(layout, len(self.layouts))
+        if found == len(self.layouts):
+            self.layouts.append(layout)
         return found
 
     def of_nothing(self, value: Value) -> bool:
@@ -148,38 +165,44 @@ class Surroundings:
             found = self._nothing[value.id] = of_nothing(value)
         return found
 
-    def way(self, op: Op, operands: Sequence[Layout], results: Sequence[Layout]) -> Way:
+    def way(self, op: Op, operands: Sequence[int], results: Sequence[int]) -> Way:
         """How an equation runs once where its operands lie so, and its results are wanted so;
         worked out once for all that are alike."""
-        sizes = self._sizes.get(op.index)
-        if sizes is None:
-            found = ((v.shape, v.itemsize, self.of_nothing(v)) for v in (*op.inputs, *op.outputs))
-            sizes = self._sizes[op.index] = (*found,)
-        key = (op.rule.canonical, sizes, tuple(operands), tuple(results))
+        kind = self._alike.get(op.index)
+        if kind is None:
+            sizes = ((v.shape, v.itemsize, self.of_nothing(v)) for v in (*op.inputs, *op.outputs))
+            kind = self._kinds.setdefault((op.rule.canonical, *sizes), len(self._kinds))
+            self._alike[op.index] = kind
+        key = (kind, *operands, *results)
         found = self._ways.get(key)
         if found is None:
             found = self._ways[key] = self._way(op, operands, results)
         return found
 
-    def _way(self, op: Op, operands: Sequence[Layout], results: Sequence[Layout]) -> Way:
-        ins, outs = as_tensors(op.inputs, operands), as_tensors(op.outputs, results)
-        assignment, _ = costs(op.rule, ins, outs, self.mesh)
-        made = [*zip(makes(op.rule, assignment, self.mesh), results, op.outputs, strict=True)]
-        brought = sum(self.moving(layout, wanted, value) for layout, wanted, value in made)
-        sends = any(self.sends(layout, wanted, value) for layout, wanted, value in made)
-        works = work(op.rule, assignment, self.mesh)
-        return Way(works, brought, needs(op.rule, assignment, ins, self.mesh), sends)
+    def _way(self, op: Op, operands: Sequence[int], results: Sequence[int]) -> Way:
+        lie, wanted = ([self.layouts[at] for at in numbers] for numbers in (operands, results))
+        ins = as_tensors(op.inputs, lie)
+        if op.rule.early and agree(op, lie, wanted[0]):
+            assignment = forced(op.rule, wanted[0], self.mesh)
+        else:
+            assignment, _ = costs(op.rule, ins, as_tensors(op.outputs, wanted), self.mesh)
+        made = [*zip(makes(op.rule, assignment, self.mesh), wanted, op.outputs, strict=True)]
+        brought = sum(self.moving(*each) for each in made)
+        sends = any(self.sends(*each) for each in made)
+        needed = map(self.number, needs(op.rule, assignment, ins, self.mesh))
+        return Way(work(op.rule, assignment, self.mesh), brought, (*needed,), sends)
 
     def sent(self, op: Op) -> float:
         """What all runs of an equation send of its operands and results, as they are wanted."""
-        layouts = [lying(self.planner, v) for v in op.inputs]
-        way = self.way(op, layouts, [self.planner.wanted(v) for v in op.outputs])
-        return self.trips[op.index] * (way.brought + self.read(op, layouts, way))
+        operands = [self.number(lying(self.planner, v)) for v in op.inputs]
+        results = [self.number(self.planner.wanted(v)) for v in op.outputs]
+        way = self.way(op, operands, results)
+        return self.trips[op.index] * (way.brought + self.read(op, operands, way))
 
-    def read(self, op: Op, operands: Sequence[Layout], way: Way) -> float:
+    def read(self, op: Op, operands: Sequence[int], way: Way) -> float:
         """What it costs to bring operands to where an equation needs them."""
         reads = zip(operands, way.needs, op.inputs, strict=True)
-        return sum(self.moving(*read) for read in reads)
+        return sum(self.moving(self.layouts[a], self.layouts[b], v) for a, b, v in reads)
 
     def often(self, value: Value) -> float:
         """How often a value is brought from one layout to another: what stays the same in a loop
@@ -189,7 +212,7 @@ class Surroundings:
             value = self.outside[value.id]
         return self.made[value.id] * (1.0 if value is inside else RATHER)
 
-    def runs(self, op: Op, operands: Sequence[Layout], way: Way) -> float:
+    def runs(self, op: Op, operands: Sequence[int], way: Way) -> float:
         """What all runs of an equation cost, what it reads not counted: as often as it runs, or
         what it takes from is gathered once before a loop."""
         trips = self.trips[op.index]
@@ -197,10 +220,10 @@ class Surroundings:
         found = trips * way.cost + (delay(trips) if waits else 0.0)
         if op.rule.flops or not way.brought:
             return found
-        lie = [(v, at) for v, at in zip(op.inputs, operands, strict=True) if at.used]
+        lie = [(v, at) for v, at in zip(op.inputs, operands, strict=True) if self.layouts[at].used]
         if not all(v.id in self.outside for v, _ in lie):
             return found
-        return min(found, sum(self.bringing(at, whole(v), v) for v, at in lie))
+        return min(found, sum(self.bringing(at, self.number(whole(v)), v) for v, at in lie))
 
     def added(self, op: Op) -> bool:
         """Whether what an equation makes is only added to something: a loop that only adds it up
@@ -214,11 +237,17 @@ class Surroundings:
                 return True
         return False
 
-    def bringing(self, src: Layout, dst: Layout, value: Value) -> float:
+    def bringing(self, src: int, dst: int, value: Value) -> float:
         """What it costs to bring a value from one layout to another, as often as it is done."""
-        times, once = self.often(value), self.moving(src, dst, value)
-        waits = delay(times)
-        return times * once + (waits if waits and self.sends(src, dst, value) else 0.0)
+        if src == dst:
+            return 0.0
+        found = self._brought.get((src, dst, value.id))
+        if found is None:
+            times, way = self.often(value), (self.layouts[src], self.layouts[dst], value)
+            waits = delay(times)
+            found = times * self.moving(*way) + (waits if waits and self.sends(*way) else 0.0)
+            self._brought[src, dst, value.id] = found
+        return found
 
     def sends(self, src: Layout, dst: Layout, value: Value) -> bool:
         """Whether bringing it there takes a collective, and not only a slice."""

@@ -17,7 +17,7 @@ from sharding.project import to_dims, to_factors
 from sharding.rule import Kind, Rule
 from sharding.spec import Layout
 from spmd import cost
-from spmd.partition.placed import legal, makes, needs
+from spmd.partition.placed import flops, legal, makes, needs
 from spmd.partition.plan import Assignment, shards_of
 from spmd.partition.reshard import local_bytes, plan
 from spmd.partition.tensor import Tensor, can_carry, carriable
@@ -156,6 +156,8 @@ def _without_gathered(
     rule: Rule, assignment: Assignment, operands: Sequence[Tensor], mesh: MeshShape
 ) -> Assignment:
     """Less the factors along which the operands are gathered rather than anything exchanged."""
+    if not rule.picky:
+        return assignment
     free = frozenset(
         i for i, tensor in enumerate(operands)
         if tensor.anywhere or not all(layout.used for layout in tensor.layouts)
@@ -297,15 +299,6 @@ def _assemble(
     return Assignment(tuple(factors), carried)
 
 
-def iterations(rule: Rule, factors: Mapping[str, tuple[str, ...]], mesh: MeshShape) -> float:
-    """Points of the iteration space on one device, padding included."""
-    count = 1.0
-    for name, factor in rule.factors.items():
-        if factor.kind is not Kind.FIXED:
-            count *= -(-factor.size // axes_size(mesh, factors.get(name, ())))
-    return count
-
-
 def _cost(
     rule: Rule, assignment: Assignment, operands: Sequence[Tensor], results: Sequence[Tensor],
     mesh: MeshShape, limit: float,
@@ -314,8 +307,7 @@ def _cost(
     made = makes(rule, assignment, mesh)
     needed = needs(rule, assignment, operands, mesh)
     touched = _touched(rule, needed, made, operands, results, mesh)
-    work = iterations(rule, assignment.axes, mesh) * rule.flops
-    total = cost.compute(work, touched)
+    total = cost.compute(flops(rule, assignment, mesh), touched)
     if assignment.carried and rule.flops == 1:
         # Elementwise work on a value that stays partial is left out: a later sum may share the
         # reduction, and carrying must not lose to reducing here by a rounding of the work.

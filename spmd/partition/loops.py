@@ -14,8 +14,9 @@ from sharding.program import Op, Value
 from sharding.region import Port
 from sharding.spec import Layout
 from spmd import cost
-from spmd.partition.choose import cheapest, iterations
+from spmd.partition.choose import cheapest
 from spmd.partition.linear import linear_groups, only_reader, reduces, through
+from spmd.partition.placed import flops
 from spmd.partition.plan import UNKNOWN_STEPS, Key, Move, RegionPlan, steps
 from spmd.partition.regions import Given, Planned, plan_regions
 from spmd.partition.reshard import plan
@@ -91,8 +92,7 @@ def _region_cost(region: RegionPlan, trips: int) -> float:
         if isinstance(found, Move):
             total += runs * found.plan.cost
         elif found.rule is not None:
-            work = iterations(found.rule, found.assignment.axes, region.mesh) * found.rule.flops
-            total += runs * cost.compute(work, 0)
+            total += runs * cost.compute(flops(found.rule, found.assignment, region.mesh), 0)
     return total
 
 

@@ -16,10 +16,12 @@ from spmd.partition.tensor import Tensor, linear_group
 
 
 class _Placed(NamedTuple):
-    """Layouts of operands, those that are carried as partial not counted, and of results."""
+    """Layouts of operands, those that are carried as partial not counted, and of results; points
+    of the iteration space on one device."""
 
     operands: tuple[Layout, ...]
     results: tuple[Layout, ...]
+    points: float
 
 
 def needs(
@@ -42,6 +44,11 @@ def makes(rule: Rule, assignment: Assignment, mesh: MeshShape) -> tuple[Layout, 
     return _placed(rule.canonical, assignment, mesh).results
 
 
+def flops(rule: Rule, assignment: Assignment, mesh: MeshShape) -> float:
+    """Floating-point operations of one device, those on padding included."""
+    return _placed(rule.canonical, assignment, mesh).points * rule.flops
+
+
 @lru_cache(maxsize=1 << 16)
 def _placed(rule: Rule, assignment: Assignment, mesh: MeshShape) -> _Placed:
     partial = [(a, "add") for a in assignment.carried]
@@ -56,7 +63,16 @@ def _placed(rule: Rule, assignment: Assignment, mesh: MeshShape) -> _Placed:
     return _Placed(
         tuple(map(Layout, dims[:first])),
         tuple(Layout(found, tuple(sorted(partial))) for found in dims[first:]),
+        _points(rule, assignment.axes, mesh),
     )
+
+
+def _points(rule: Rule, factors: Mapping[str, tuple[str, ...]], mesh: MeshShape) -> float:
+    count = 1.0
+    for name, factor in rule.factors.items():
+        if factor.kind is not Kind.FIXED:
+            count *= -(-factor.size // axes_size(mesh, factors.get(name, ())))
+    return count
 
 
 def expected(
@@ -99,7 +115,7 @@ def _forced(rule: Rule, dims: tuple[tuple[str, ...], ...], mesh: MeshShape) -> A
 def legal(rule: Rule, factors: Mapping[str, tuple[str, ...]], mesh: MeshShape) -> bool:
     """Whether every tensor can lie so: dims in even shards where they must be, and contiguous; and
     no factor is rather left whole, see `Rule.gathers`."""
-    if rule.gathers({name: axes_size(mesh, axes) for name, axes in factors.items() if axes}):
+    if rule.picky and rule.gathers({n: axes_size(mesh, a) for n, a in factors.items() if a}):
         return False
     if rule.simple:
         return True

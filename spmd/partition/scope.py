@@ -58,7 +58,7 @@ class Scope:
             return
         if (rule.annotation is not None and not _passes(op, operands)) or op.from_nothing:
             assignment = forced(rule, wanted[0], self.mesh)
-        elif rule.early and _agree(op, operands, wanted[0]):
+        elif rule.early and agree(op, [tensor.layouts[0] for tensor in operands], wanted[0]):
             assignment = forced(rule, wanted[0], self.mesh)
         else:
             results = tuple(map(self.planner.result, op.outputs))
@@ -144,15 +144,15 @@ def _even(layout: Layout, value: Value, mesh: MeshShape) -> Layout:
     return Layout(tuple(() if n % axes_size(mesh, a) else a for a, n in pairs), layout.partial)
 
 
-def _agree(op: Op, operands: Sequence[Tensor], wanted: Layout) -> bool:
+def agree(op: Op, operands: Sequence[Layout], wanted: Layout) -> bool:
     """Every operand of full shape already lies as the result should; others are scalars."""
     if wanted.partial:
         return False
     shape = op.outputs[0].shape
-    for value, tensor in zip(op.inputs, operands, strict=True):
+    for value, layout in zip(op.inputs, operands, strict=True):
         if value.rank == 0:
-            if tensor.layouts[0].partial:
+            if layout.partial:
                 return False
-        elif value.shape != shape or tensor.layouts[0] != wanted:
+        elif value.shape != shape or layout != wanted:
             return False
     return all(v.shape == shape for v in op.outputs)

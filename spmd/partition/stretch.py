@@ -17,7 +17,6 @@ import math
 from collections import deque
 from collections.abc import Hashable, Iterator
 from math import prod
-from typing import NamedTuple
 
 from sharding.mesh import axes_size, overlap
 from sharding.program import Op, Value
@@ -34,16 +33,12 @@ MANY = 16
 _SOURCE, _SINK = "source", "sink"
 
 
-class _Read(NamedTuple):
-    """A value in the layout that readers need who have the axis on the other dim (`there`), or
-    where it was."""
-
-    value: Value
-    need: Layout
-    there: bool
-
-
+# A value, by id, in the layout, by number, that readers need who have the axis on the other dim, or
+# where it was.
+_Read = tuple[int, int, bool]
 _Reads = dict[_Read, list[Hashable]]
+# No layout: that of a value that cannot have the axis on the other dim.
+_NOWHERE = -1
 
 
 class Stretch:
@@ -64,7 +59,8 @@ class Stretch:
         self.start, self.axis, self.dim = start, axis, dim
         self.ops: dict[int, Op] = {}
         self.values: dict[int, Value] = {}  # that no equation of the stretch makes
-        self._layouts: dict[int, tuple[Layout, Layout | None]] = {}
+        self._members = around.having(dim)
+        self._layouts: dict[int, tuple[int, int]] = {}
         self._large = max(prod(v.shape) * v.itemsize for v in (*start.inputs, *start.outputs))
         self.gain, self._there = 0.0, set[Hashable]()
         better = sure or self._alone(start, True) < self._alone(start, False)
@@ -82,8 +78,8 @@ class Stretch:
                     continue
                 self.planner.leave[value.id] = self._flowing(value, flow, not moves)
             if moves:
-                self.planner.layouts[value.id] = self.layouts(value)[1]
-        return {i for i in self.ops if ("op", i) in self._there}
+                self.planner.layouts[value.id] = self.around.layouts[self.layouts(value)[1]]
+        return self.ops.keys() & self._there
 
     def moves(self, value: Value) -> bool:
         """Whether the axis is to shard the other dim of a value."""
@@ -99,19 +95,21 @@ class Stretch:
 
     def member(self, value: Value) -> bool:
         """Whether a value has the other dim."""
-        return self.dim in self.around.dims(value)
+        return value.id in self._members
 
-    def node(self, value: Value) -> Hashable:
-        """The node of what makes a value."""
+    def node(self, value: Value) -> int:
+        """The node of what makes a value: the equation's index, or less than 0."""
         made = value.op is not None and value.op.control is None
-        return ("op", value.op.index) if made and value.op else ("value", value.id)
+        return value.op.index if made and value.op else -1 - value.id
 
-    def layouts(self, value: Value) -> tuple[Layout, Layout | None]:
-        """Where a value is wanted, and with the axis on the other dim; None: that cannot be."""
+    def layouts(self, value: Value) -> tuple[int, int]:
+        """Where a value is wanted, and with the axis on the other dim, or `_NOWHERE`; by number."""
         found = self._layouts.get(value.id)
         if found is None:
-            here = lying(self.planner, value)
-            found = self._layouts[value.id] = (here, self._other(value, here))
+            here, number = lying(self.planner, value), self.around.number
+            other = self._other(value, here)
+            found = (number(here), _NOWHERE if other is None else number(other))
+            self._layouts[value.id] = found
         return found
 
     def _other(self, value: Value, here: Layout) -> Layout | None:
@@ -175,20 +173,20 @@ class Stretch:
     def _edges(self) -> Iterator[Edge]:
         reads: _Reads = {}
         for i, op in self.ops.items():
-            node, movable = ("op", i), self._movable(op)
+            movable = self._movable(op)
             for there in (False, True)[: 1 + movable]:
                 operands, way = self._way(op, there)
                 price = self.around.runs(op, operands, way)
-                yield (node, _SINK, price) if there else (_SOURCE, node, price)
+                yield (i, _SINK, price) if there else (_SOURCE, i, price)
                 for value, need in zip(op.inputs, way.needs, strict=True):
                     if value.rank:
-                        reads.setdefault(_Read(value, need, there), []).append(node)
+                        reads.setdefault((value.id, need, there), []).append(i)
             if not movable:
-                yield node, _SINK, math.inf
+                yield i, _SINK, math.inf
             for value in op.outputs:
                 yield from self._leaves(value, reads)
         for value in self.values.values():
-            if value.id in self.around.given or self.layouts(value)[1] is None:
+            if value.id in self.around.given or self.layouts(value)[1] == _NOWHERE:
                 yield self.node(value), _SINK, math.inf
             for other in self.around.alike.get(value.id, ()):
                 yield self.node(value), self.node(other) if self.has(other) else _SINK, math.inf
@@ -201,7 +199,7 @@ class Stretch:
         operands, way = self._way(op, there)
         return way.cost + self.around.read(op, operands, way)
 
-    def _way(self, op: Op, there: bool) -> tuple[list[Layout], Way]:
+    def _way(self, op: Op, there: bool) -> tuple[list[int], Way]:
         """Where its operands lie then, and how it runs."""
         operands = [self._at(v, there) for v in op.inputs]
         return operands, self.around.way(op, operands, [self._at(v, there) for v in op.outputs])
@@ -214,7 +212,7 @@ class Stretch:
             return False
         if self.around.trips[op.index] > STEPS and self._exchanges(op):
             return False
-        return all(self.layouts(v)[1] is not None for v in (*op.inputs, *op.outputs))
+        return all(self.layouts(v)[1] != _NOWHERE for v in (*op.inputs, *op.outputs))
 
     def _exchanges(self, op: Op) -> bool:
         """Whether an operation would send along the dim by itself, as a roll or a sort does."""
@@ -227,48 +225,50 @@ class Stretch:
         return any(kind is Kind.PERMUTE or (kind is Kind.PASS and name in special)
                    for name, kind in kinds.items())  # fmt: skip
 
-    def _at(self, value: Value, there: bool) -> Layout:
-        here, other = self.layouts(value)
-        return other if there and other is not None else here
+    def _at(self, value: Value, there: bool) -> int:
+        here, other = self._layouts.get(value.id) or self.layouts(value)
+        return other if there and other != _NOWHERE else here
 
     def _read(self, read: _Read, readers: list[Hashable]) -> Iterator[Edge]:
         """Bringing a value to its readers that have the axis on the one dim, or on the other."""
-        value, need, there = read
-        made, node = self.node(value), ("read", value.id, need, there)
+        number, need, there = read
+        value = self.around.program.values[number]
+        made = self.node(value)
         moved = stays = self.around.bringing(self._at(value, False), need, value)
         if self.has(value):
             moved = self.around.bringing(self._at(value, True), need, value)
         if there:
-            yield node, _SINK, moved
-            yield from ((reader, node, math.inf) for reader in readers)
-            yield node, made, max(stays - moved, 0.0)
+            yield read, _SINK, moved
+            yield from [(reader, read, math.inf) for reader in readers]
+            yield read, made, max(stays - moved, 0.0)
         else:
-            yield _SOURCE, node, stays
-            yield from ((node, reader, math.inf) for reader in readers)
-            yield made, node, max(moved - stays, 0.0)
+            yield _SOURCE, read, stays
+            yield from [(read, reader, math.inf) for reader in readers]
+            yield made, read, max(moved - stays, 0.0)
 
     def _leaves(self, value: Value, reads: _Reads) -> Iterator[Edge]:
         """Bringing a value to what is not decided here, and across the boundaries of regions."""
         if not self.has(value):
             return
         node, (here, other) = self.node(value), self.layouts(value)
+        other = here if other == _NOWHERE else other
         readers = self.around.program.readers[value.id]
         outside = any(op.control is None and op.index not in self.ops for op, _ in readers)
         if value.id in self.around.held:
             yield node, _SINK, math.inf
             return
         if value.id in self.around.ends or outside:
-            yield node, _SINK, self.around.bringing(other or here, here, value)
+            yield node, _SINK, self.around.bringing(other, here, value)
         for flow in self.around.flows.get(value.id, ()):
             decided = self.has(flow.target)
             reader = self.node(flow.target) if decided else _SINK
             for there in (False, True)[: 1 + decided]:
-                read = _Read(value, self._flowing(value, flow, there), there)
-                reads.setdefault(read, []).append(reader)
+                need = self.around.number(self._flowing(value, flow, there))
+                reads.setdefault((value.id, need, there), []).append(reader)
 
     def _flowing(self, value: Value, flow: Flow, there: bool) -> Layout:
         """The layout in which a value crosses a boundary, for its name on the other side."""
-        layout, port = self._at(flow.target, there), flow.port
+        layout, port = self.around.layouts[self._at(flow.target, there)], flow.port
         if port is None:
             return layout
         if flow.inward:

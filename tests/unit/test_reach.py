@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 import spmd
 from sharding import P, shard
-from sharding.reach import Reach, furthest
+from sharding.reach import furthest
 
 MESH = AbstractMesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
 
@@ -40,7 +40,7 @@ def test_dims_that_equations_pass_on_are_one() -> None:
     result = propagate(run, arr(16, 4, 5), arr(5, 6)).result
     x, w = result.program.body.inputs
     (out,) = result.program.body.outputs
-    reach = Reach(result.program.values, result.links)
+    reach = result.reach
     assert reach.dim(x, 0) == reach.dim(out, 0) != reach.dim(x, 1)
     assert reach.dim(w, 1) == reach.dim(out, 2) != reach.dim(w, 0)
     # x, the product and its hyperbolic tangent, then 8 x 2 x 4 x 6 and the sum
@@ -55,7 +55,7 @@ def test_loops_over_layers_pass_the_batch_on() -> None:
 
     result = propagate(run, arr(3, 8, 8), arr(16, 8)).result
     x, (out,) = result.program.body.inputs[1], result.program.body.outputs
-    reach = Reach(result.program.values, result.links)
+    reach = result.reach
     assert reach.dim(x, 0) == reach.dim(out, 0)
 
 
@@ -72,7 +72,7 @@ def test_annotations_inside_that_say_otherwise(inside: Any, known: bool) -> None
 
     found = propagate(run, arr(8, 8), arr(64, 8), in_shardings=(P("fsdp"), P("fsdp")))
     annotations = [(value, s) for value, s in found.traced.annotations]
-    reach = Reach(found.result.program.values, found.result.links)
+    reach = found.result.reach
     batch = reach.dim(found.result.program.body.inputs[1], 0)
     first = furthest(found.result.program, annotations, reach)
     expected = {"fsdp": batch} if known and inside != (None, None) else {}
@@ -93,7 +93,7 @@ def test_values_that_are_kept_from_an_axis_along_a_dim_do_not_count() -> None:
     found = propagate(run, *args, in_shardings=specs, out_shardings=P("fsdp"))
     assert set(made_by(found, "exp")) == {"[?, fsdp?]"}
     annotations, result = found.traced.annotations, found.result
-    reach, cache = Reach(result.program.values, result.links), result.program.body.inputs[1]
+    reach, cache = result.reach, result.program.body.inputs[1]
     assert reach.of(reach.dim(cache, 0)) > reach.of(reach.dim(cache, 1))
     assert furthest(result.program, annotations, reach) == {"fsdp": reach.dim(cache, 1)}
 
@@ -148,7 +148,7 @@ def test_positions_do_not_reach_through_what_their_table_is_added_to() -> None:
     found = propagate(run, *args, in_shardings=(P(), P("fsdp"), P("fsdp")))
     assert found.out_shardings.spec == P("fsdp")
     result = found.result
-    reach, tokens = Reach(result.program.values, result.links), result.program.body.inputs[2]
+    reach, tokens = result.reach, result.program.body.inputs[2]
     # scores have positions twice, and count once
     assert reach.of(reach.dim(tokens, 1)) <= reach.of(reach.dim(tokens, 0))
 
