@@ -10,12 +10,12 @@ OneFlow's SBP, "unreduced" in Shardy. `pinned` axes must stay unused by the valu
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
 from sharding.errors import Problem, SpecError, did_you_mean
-from sharding.mesh import MeshShape, axes_size, overlap, split_ref
+from sharding.mesh import MeshShape, axes_size, overlap, split_ref, split_to_fit
 
 MONOIDS = ("add", "mul", "max", "min", "and", "or")
 
@@ -156,6 +156,23 @@ def local_shape(
     return tuple(
         -(-n // axes_size(mesh, axes)) if axes else n for n, axes in zip(shape, dims, strict=True)
     )
+
+
+def fitted(sharding: Sharding, shape: tuple[int, ...], mesh: MeshShape) -> Sharding:
+    """With dims of fewer elements than devices on the major part of their axes, as many devices as
+    elements: 4 heads over an axis of 8 lie over `tensor:(1)4`, and no device has padding alone."""
+    dims = tuple(
+        replace(dim, axes=_fitted(dim.axes, n, mesh))
+        for dim, n in zip(sharding.dims, shape, strict=True)
+    )
+    return sharding if dims == sharding.dims else replace(sharding, dims=dims)
+
+
+def _fitted(axes: tuple[str, ...], n: int, mesh: MeshShape) -> tuple[str, ...]:
+    if not 1 < n < axes_size(mesh, axes):
+        return axes
+    taken, _ = split_to_fit(mesh, axes, n)
+    return taken if axes_size(mesh, taken) == n else axes
 
 
 def check_axes(sharding: Sharding, mesh: MeshShape, what: str) -> list[Problem]:

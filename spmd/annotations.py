@@ -11,7 +11,7 @@ from sharding.annotate import DimSpec, Spec, rank_problem, resolve, spec_of
 from sharding.errors import ArgumentError, Problem, SpecError, merged
 from sharding.mesh import MeshShape
 from sharding.program import Program, Value
-from sharding.spec import Sharding
+from sharding.spec import Sharding, fitted
 from sharding.stated import annotations_in
 from spmd.arguments import Arguments, broadcast, check_no_tuple_spec, output_names, spec_on
 from spmd.devices import device_text, same_mesh
@@ -73,7 +73,8 @@ def resolve_all(
     # reshards.
     inside = {v.id for v, _ in inner}
     every = (*inner, *((v, s) for v, s in annotations if v.id not in inside))
-    return Annotated(every, tuple(out_specs), in_entries, out_entries)
+    every = tuple((v, fitted(s, v.shape, options.mesh_shape)) for v, s in every)
+    return Annotated(every, out_specs, in_entries, out_entries)
 
 
 def given_entries(arguments: Arguments, options: Options) -> list[Any]:
@@ -127,12 +128,17 @@ def _out_entries(program: Program, out_tree: Any, options: Options) -> tuple[Any
 def _given_outputs(
     program: Program, out_tree: Any, entries: Sequence[Any], options: Options,
     problems: list[Problem],
-) -> list[Sharding | None]:  # fmt: skip
+) -> tuple[Sharding | None, ...]:  # fmt: skip
     values, names = program.body.outputs, output_names(out_tree)
-    return [
+    found = (
         _entry(value, entry, options, problems, "out_shardings", name)
         for value, entry, name in zip(values, entries, names, strict=True)
-    ]
+    )
+    mesh = options.mesh_shape
+    return tuple(
+        given and fitted(given, value.shape, mesh)
+        for given, value in zip(found, values, strict=True)
+    )
 
 
 def _of_types(program: Program, mesh: MeshShape, taken: set[int]) -> list[tuple[Value, Sharding]]:

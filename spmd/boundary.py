@@ -1,7 +1,8 @@
 """The program's boundary: what JAX can express there, and what was done where it cannot.
 
 JAX wants even shards of whole mesh axes for arguments and results. A dim keeps the largest prefix
-of its axes that divides it evenly; inside the program it is padded and sharded in full. An array
+of its axes that divides it evenly; inside the program it is sharded in full: padded, or on a part
+of an axis. An array
 without elements is held whole: XLA replicates it whatever it is told, and `jax.jit` with
 `out_shardings` gives an array that cannot be read.
 """
@@ -120,12 +121,17 @@ def _shortened(
 ) -> Diagnostic:
     n, shards = value.shape[d], axes_size(mesh, wanted)
     held = value_bytes(value) // axes_size(mesh, kept)
-    local = -(-n // shards)
+    local, over = -(-n // shards), "+".join(wanted)
+    if n % shards:
+        why = f"does not divide into {shards} shards over {over}"
+        inside = f"{local} of {local * shards} padded elements"
+    else:
+        why = f"lies over {over}, and arrays lie on whole axes"
+        inside = f"{local} of {n} elements"
     return Diagnostic(
         "boundary",
         value.name or str(value),
-        f"dim {d} of size {n} does not divide into {shards} shards over {'+'.join(wanted)}: "
-        f"held {'over ' + '+'.join(kept) if kept else 'whole'} at the boundary "
-        f"({held:,} B per device), {local} of {local * shards} padded elements per device inside",
+        f"dim {d} of size {n} {why}: held {'over ' + '+'.join(kept) if kept else 'whole'} at the "
+        f"boundary ({held:,} B per device), {inside} per device inside",
         float(held),
     )

@@ -1,7 +1,6 @@
 """The language of shardings: one canonical text, validation, sub-axes, axis rules."""
 
 import copy
-import pickle
 
 import pytest
 from hypothesis import given
@@ -19,7 +18,7 @@ from sharding.mesh import (
     split_axis,
     split_to_fit,
 )
-from sharding.spec import MONOIDS
+from sharding.spec import MONOIDS, fitted
 
 NAMES = st.sampled_from(["data", "fsdp", "tensor", "p1", "step2", "x_y", "a.b"])
 
@@ -193,6 +192,25 @@ def test_entries_that_are_no_axes() -> None:
 def test_equal_meshes_are_one_object() -> None:
     mesh = MeshShape.of({"data": 2, "tensor": 4})
     again = MeshShape((("data", 2), ("tensor", 4)))
-    assert again is mesh is pickle.loads(pickle.dumps(mesh)) is copy.deepcopy(mesh)
+    assert again is mesh is copy.copy(mesh) is copy.deepcopy(mesh)
     assert mesh != MeshShape((("tensor", 4), ("data", 2)))
     assert mesh != MeshShape(mesh.axes, across=(("data", 2),))
+
+
+@given(st.integers(1, 40), st.lists(st.sampled_from((2, 3, 4, 8)), min_size=1, max_size=3))
+def test_dims_of_fewer_elements_than_devices(size: int, sizes: list[int]) -> None:
+    mesh = MeshShape(tuple((f"a{i}", n) for i, n in enumerate(sizes)))
+    (dim,) = fitted(Sharding.closed(mesh.names), (size,), mesh).dims
+    if dim.axes == mesh.names:
+        return
+    split, left = split_to_fit(mesh, mesh.names, size)
+    assert dim.axes == split and axes_size(mesh, split) == size > 1 and axes_size(mesh, left) > 1
+
+
+def test_fitted_dims() -> None:
+    mesh = MeshShape((("data", 2), ("tensor", 8)))
+    given = Sharding.parse("[data, tensor?@1, -]")
+    for size, text in ((4, "tensor:(1)4?@1"), (8, "tensor?@1"), (6, "tensor?@1"), (9, "tensor?@1"),
+                       (1, "tensor?@1"), (2, "tensor:(1)2?@1")):  # fmt: skip
+        assert str(fitted(given, (2, size, 3), mesh)) == f"[data, {text}, -]"
+    assert str(fitted(Sharding.closed(("data", "tensor")), (4,), mesh)) == "[data+tensor:(1)2]"
