@@ -58,8 +58,8 @@ def exhaustive(fun: Any, args: Any, places: Any, out: Any, most: int = 7) -> tup
     costs = [cost(planner.make_plan(found, *layouts, ("moved_axes",)))]
     for each in stretches:
         made = [v for i in sorted(each.ops) for v in each.ops[i].outputs]
-        free = [v for v in made if each.member(v) and each.layouts(v)[1] >= 0
-                and not v.op.scope.manual and v.id not in each.around.ends and not annotated(v)]  # fmt: skip
+        free = [v for v in made if each.member(v) and each.layouts(v)[1] >= 0 and not annotated(v)
+                and not v.op.scope.manual and v.id not in each.around.ends]  # fmt: skip
         for picks in itertools.product((0, 1), repeat=min(len(free), most)):
             assumed = {v.id: each.around.layouts[each.layouts(v)[p]]
                        for v, p in zip(free, picks, strict=False)}  # fmt: skip
