@@ -6,7 +6,8 @@
     python -m benchmarks.suite --table --markdown
 
 On 8 simulated devices (`cpu`) and on GPUs programs run: results are compared with the unsharded
-program, and steps are timed. For described TPUs they are compiled, which takes no TPU but libtpu.
+program, and steps are timed. For described TPUs they are compiled, which takes no TPU but libtpu;
+so they are for more simulated devices (`cpu:32`), and for several GPUs (`gpu:16`, by one).
 A program runs for a target in a process of its own, and its result is kept when it is there, so
 that a run that was stopped goes on where it was. When XLA takes the process down, the systems run
 again one by one. The exit code is 1 when something failed; a missed bar is none.
@@ -70,7 +71,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     add = parser.add_argument
     add("--target", action="append", default=[],
-        help="cpu, gpu, or a topology of TPUs such as v5e:4x4; repeatable; "
+        help="cpu, gpu, cpu:N, gpu:N, or a topology of TPUs such as v5e:4x4; repeatable; "
         f"default: {', '.join(defaults())}")  # fmt: skip
     add("--only", default="", metavar="REGEX", help="only programs whose name matches")
     add("--programs", action="append", default=[], metavar="MODULE",

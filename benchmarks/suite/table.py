@@ -70,7 +70,7 @@ class Bar(NamedTuple):
     targets: tuple[str, ...]
 
 
-EVERYWHERE, MANY = ("cpu", "tpu", "gpu", "gpus"), ("cpu", "tpu", "gpus")
+EVERYWHERE, MANY = ("cpu", "cpus", "tpu", "gpu", "gpus"), ("cpu", "cpus", "tpu", "gpus")
 BARS = (
     Bar(WIRE, SHARDY, 1.0, 0.7, MANY),
     Bar(WIRE, BY_HAND, 1.05, None, MANY),
@@ -99,9 +99,9 @@ class Miss(NamedTuple):
 
 
 def kind(target: str) -> str:
-    """Of a target: "cpu", "gpu", "gpus" (several, compiled only) or "tpu"."""
-    if target.startswith("gpu:"):
-        return "gpus"
+    """Of a target: "cpu", "gpu", "tpu", or "gpus" or "cpus" (several, compiled only)."""
+    if target.startswith(("gpu:", "cpu:")):
+        return target[:3] + "s"
     return target if target in ("cpu", "gpu") else "tpu"
 
 

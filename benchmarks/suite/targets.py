@@ -1,6 +1,7 @@
 """Where programs are compiled for, and run: simulated devices, described TPUs, the GPUs here.
 
     cpu             8 simulated devices; compiled, run, compared
+    cpu:32          as many; programs of the larger size, compiled only
     v5p:2x2x4 ...   TPUs as libtpu describes them, see `spmd.hardware.Machine.parse`; compiled only
     gpu             GPUs of this machine: all when there are 8 or 16, else one, on a mesh whose axes
                     all have size 1
@@ -66,8 +67,16 @@ class Target:
     @property
     def described_gpus(self) -> int:
         """How many GPUs a `gpu:N` stands for; 0 for other targets."""
+        return self._count("gpu")
+
+    @property
+    def described_cpus(self) -> int:
+        """How many simulated devices a `cpu:N` stands for; 0 for other targets."""
+        return self._count("cpu")
+
+    def _count(self, of: str) -> int:
         kind, _, count = self.name.partition(":")
-        return int(count or 0) if kind == "gpu" else 0
+        return int(count or 0) if kind == of else 0
 
     def environment(self) -> dict[str, str]:
         """Variables of a process that compiles for these devices, from those of this one."""
@@ -82,8 +91,8 @@ class Target:
 
     def prepare(self) -> None:
         """Sets what is left of the environment, before JAX starts its backend."""
-        if self.name == "cpu":
-            simulate(SIMULATED)
+        if self.name == "cpu" or self.described_cpus:
+            simulate(self.described_cpus or SIMULATED)
         elif self.described_gpus:
             import jax
 
@@ -104,8 +113,9 @@ class Target:
 
         if self.name == "gpu":
             return _on_gpus(program)
-        if self.described_gpus:
-            size = LARGE._replace(devices=self.described_gpus)
+        described = self.described_gpus or self.described_cpus
+        if described:
+            size = LARGE._replace(devices=described)
             case = program.make(size)
             return Placed(case, size, simulated_mesh(case.mesh), None, True)
         if self.name == "cpu":

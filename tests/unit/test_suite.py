@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import sharding
 from benchmarks.suite import __main__ as suite
-from benchmarks.suite import measure, names, registry, steps, systems
+from benchmarks.suite import measure, names, registry, steps, systems, table
 from benchmarks.suite.case import RUNS, Case, Program, Size, array
 from benchmarks.suite.child import Child, Launched, has, merged, run_apart
 from benchmarks.suite.measure import Result
@@ -348,5 +348,14 @@ def test_children_are_kept_from_accelerators_unless_they_are_the_target(monkeypa
     assert defaults()[:2] == ("cpu", "v5p:2x2x4")
     assert "JAX_PLATFORMS" not in Target("gpu:16").environment()
     assert Target("gpu:16").described_gpus == 16 and not Target("gpu:16").runs
+    assert Target("cpu:32").described_cpus == 32 and not Target("cpu:32").runs
+    assert Target("cpu:32").environment()["JAX_PLATFORMS"] == "cpu"
     with pytest.raises(RuntimeError, match="no GPU"):
         Target("gpu").place(PROGRAMS[0])
+
+
+def test_more_simulated_devices_take_the_larger_size_and_only_compile():
+    assert table.kind("cpu:8") == "cpus" and table.kind("gpu:16") == "gpus"
+    (program,) = registry.matching("^dlrm$")
+    placed = Target("cpu:8").place(program)
+    assert not placed.size.small and placed.size.devices == placed.mesh.size == 8
