@@ -8,6 +8,6 @@ are those of the programs, whatever size the suite asks for. Nothing here is for
 devices: programs are planned and compiled.
 """
 
-from benchmarks.suite.pods import language
+from benchmarks.suite.pods import language, mixtures, recommend, serving
 
-PROGRAMS = (*language.PROGRAMS,)
+PROGRAMS = (*language.PROGRAMS, *mixtures.PROGRAMS, *recommend.PROGRAMS, *serving.PROGRAMS)

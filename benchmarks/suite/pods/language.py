@@ -29,7 +29,6 @@ from benchmarks.suite.pods.common import (
     rms_norm,
     rotary,
     shapes_of,
-    specs_of,
     split_heads,
     stacked,
     trained,
