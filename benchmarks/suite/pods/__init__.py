@@ -8,6 +8,22 @@ are those of the programs, whatever size the suite asks for. Nothing here is for
 devices: programs are planned and compiled.
 """
 
-from benchmarks.suite.pods import language, mixtures, recommend, serving
+from benchmarks.suite.pods import (
+    language,
+    mixtures,
+    recommend,
+    sequence,
+    serving,
+    state_spaces,
+    training,
+)
 
-PROGRAMS = (*language.PROGRAMS, *mixtures.PROGRAMS, *recommend.PROGRAMS, *serving.PROGRAMS)
+PROGRAMS = (
+    *language.PROGRAMS,
+    *training.PROGRAMS,
+    *mixtures.PROGRAMS,
+    *sequence.PROGRAMS,
+    *state_spaces.PROGRAMS,
+    *recommend.PROGRAMS,
+    *serving.PROGRAMS,
+)
