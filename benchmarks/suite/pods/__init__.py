@@ -16,6 +16,8 @@ from benchmarks.suite.pods import (
     serving,
     state_spaces,
     training,
+    unet,
+    vision,
 )
 
 PROGRAMS = (
@@ -24,6 +26,8 @@ PROGRAMS = (
     *mixtures.PROGRAMS,
     *sequence.PROGRAMS,
     *state_spaces.PROGRAMS,
+    *vision.PROGRAMS,
+    *unet.PROGRAMS,
     *recommend.PROGRAMS,
     *serving.PROGRAMS,
 )
