@@ -12,6 +12,7 @@ from benchmarks.suite.pods import (
     language,
     mixtures,
     recommend,
+    science,
     sequence,
     serving,
     state_spaces,
@@ -28,6 +29,7 @@ PROGRAMS = (
     *state_spaces.PROGRAMS,
     *vision.PROGRAMS,
     *unet.PROGRAMS,
+    *science.PROGRAMS,
     *recommend.PROGRAMS,
     *serving.PROGRAMS,
 )
