@@ -57,17 +57,18 @@ def feed(x: Any, weights: Any) -> Any:
 
 
 def messages(
-    source: Any, target: Any, edges: Any, senders: Any, receivers: Any, weights: Any
+    source: Any, target: Any, edges: Any, graph: tuple[Any, Any], weights: Any
 ) -> tuple[Any, Any]:
     """Nodes of `target` read along their edges from nodes of `source`.
 
     Args:
       source, target, edges: features, [batch, nodes or edges, width].
-      senders, receivers: nodes of each edge, [edges].
+      graph: senders and receivers, the nodes of each edge, [edges].
 
     Returns:
       New features of `target` and of edges.
     """
+    senders, receivers = graph
     ends = jnp.concatenate([edges, source[:, senders], target[:, receivers]], axis=-1)
     sent = standardized(feed(ends, weights["edges"]))
 
@@ -95,15 +96,15 @@ def graphcast_loss(
     into, within, out = (repeated(feed(x, params["edges"])) for x in edge_features)
     grid = feed(now.astype(jnp.bfloat16), params["grid"])
     mesh = repeated(feed(mesh_features, params["mesh"]))
-    mesh, _ = messages(grid, mesh, into, *graphs[0], params["encoder"])
+    mesh, _ = messages(grid, mesh, into, graphs[0], params["encoder"])
 
     @jax.checkpoint
     def process(carry: Any, weights: Any) -> tuple[Any, None]:
         mesh, edges = carry
-        return messages(mesh, mesh, edges, *graphs[1], weights), None
+        return messages(mesh, mesh, edges, graphs[1], weights), None
 
     (mesh, _), _ = lax.scan(process, (mesh, within), params["processor"])
-    grid, _ = messages(mesh, grid, out, *graphs[2], params["decoder"])
+    grid, _ = messages(mesh, grid, out, graphs[2], params["decoder"])
     found = feed(grid, params["output"]).astype(jnp.float32)
     return jnp.square(found - later).mean()
 
