@@ -54,6 +54,7 @@ def specs_of(weights: Any) -> Any:
 
 
 def integers(*dims: int) -> jax.ShapeDtypeStruct:
+    """An int32 array."""
     return array(*dims, dtype=jnp.int32)
 
 
@@ -173,6 +174,7 @@ def cross_entropy_by_one_hot(logits: Any, labels: Any) -> Any:
 
 
 def clipped_adamw() -> optax.GradientTransformation:
+    """AdamW of gradients whose global norm is at most 1."""
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
 

@@ -80,6 +80,7 @@ class Axes(NamedTuple):
 
 
 def llama_weights(model: Llama, axes: Axes) -> dict[str, Any]:
+    """Parameters, with those of all layers stacked."""
     m, fsdp, tensor = model, axes.fsdp, axes.tensor
     layer = {
         **attention_weights(m.embed, m.heads, m.kv_heads, m.head_dim, fsdp, tensor),
@@ -161,6 +162,7 @@ GEMMA_EMBED, GEMMA_VOCAB, GEMMA_WINDOW = 2304, 256_128, 1024
 
 
 def gemma_weights() -> dict[str, Any]:
+    """Gemma 2 with 2 billion parameters: pairs of a local and a global layer."""
     embed, heads, kv_heads, head_dim, mlp, pairs = GEMMA_EMBED, 8, 4, 256, 9216, 13
 
     def layers() -> dict[str, Weight]:
@@ -218,6 +220,7 @@ def gemma_loss(params: Any, tokens: Any, labels: Any) -> Any:
 
 
 def gemma2() -> Case:
+    """A training step of Gemma 2."""
     tokens = integers(64, 4096)
     return trained(
         gemma_loss, gemma_weights(), (tokens, tokens), (P(BATCH), P(BATCH)), _MESH_3D

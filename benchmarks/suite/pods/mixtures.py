@@ -39,6 +39,7 @@ EXPERTS, CAPACITY = 8, 640
 
 
 def mixtral_weights() -> dict[str, Any]:
+    """Mixtral 8x7B with a quarter of its layers; experts lie over an axis of their own."""
     embed, mlp, vocab = 4096, 14_336, 32_000
     layer = {
         **attention_weights(embed, 32, 8, 128, "data", None),
@@ -89,6 +90,8 @@ def einsum_experts(x: Any, w: Any) -> tuple[Any, Any]:
 
 
 def mixtral_loss(params: Any, tokens: Any, labels: Any) -> Any:
+    """Cross entropy and the loss that balances experts: tokens and labels [batch, length]."""
+
     @jax.checkpoint
     def layer(x: Any, weights: Any) -> tuple[Any, Any]:
         w = bfloat16(weights)
@@ -103,6 +106,7 @@ def mixtral_loss(params: Any, tokens: Any, labels: Any) -> Any:
 
 
 def mixtral_einsum() -> Case:
+    """A training step of Mixtral."""
     tokens = integers(64, 2048)
     return trained(
         mixtral_loss, mixtral_weights(), (tokens, tokens), (P(BATCH), P(BATCH)), EXPERT_MESH
@@ -135,6 +139,7 @@ def ragged_loss(params: Any, tokens: Any, labels: Any) -> Any:
 
 
 def mixtral_ragged() -> Case:
+    """A training step of two layers of experts."""
     embed, mlp, vocab = 2048, 7168, 32_000
     layer = {
         "router": weight((embed, EXPERTS)),
@@ -156,6 +161,7 @@ LATENT, ROTARY, HEAD = 512, 64, 128
 
 
 def deepseek_weights() -> dict[str, Any]:
+    """A smaller DeepSeek V2; routed experts lie over an axis of their own."""
     embed, heads, mlp, vocab = 2048, 16, 1408, 102_400
     layer = {
         "query": weight((embed, heads, HEAD + ROTARY), "data"),
@@ -236,6 +242,8 @@ def scattered_experts(x: Any, w: Any) -> Any:
 
 
 def deepseek_loss(params: Any, tokens: Any, labels: Any) -> Any:
+    """Cross entropy: tokens and labels [batch, length]."""
+
     @jax.checkpoint
     def layer(x: Any, weights: Any) -> tuple[Any, None]:
         w = bfloat16(weights)
@@ -251,6 +259,7 @@ def deepseek_loss(params: Any, tokens: Any, labels: Any) -> Any:
 
 
 def deepseek() -> Case:
+    """A training step of DeepSeek."""
     tokens = integers(64, 2048)
     return trained(
         deepseek_loss, deepseek_weights(), (tokens, tokens), (P(BATCH), P(BATCH)), EXPERT_MESH

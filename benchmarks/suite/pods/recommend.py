@@ -28,6 +28,7 @@ def layers(*widths: int) -> list[Weight]:
 
 
 def hidden_layers(x: Any, weights: Any) -> Any:
+    """x [batch, width] through matrices, each before a ReLU."""
     for matrix in weights:
         x = jax.nn.relu(x @ matrix)
     return x
@@ -70,10 +71,12 @@ def dlrm(tables: P, bag: int | None = None) -> Case:
 
 
 def dlrm_rows() -> Case:
+    """One row of each table for an example; each device has a range of rows."""
     return dlrm(P(None, "model"))
 
 
 def dlrm_columns() -> Case:
+    """Sums of four rows of each table; each device has a range of columns."""
     return dlrm(P(None, None, "model"), bag=4)
 
 
@@ -81,10 +84,12 @@ def dlrm_columns() -> Case:
 
 
 def normalized(x: Any) -> Any:
+    """x [batch, width] at length 1."""
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def tower(x: Any, weights: Any) -> Any:
+    """Two layers: x [batch, width] -> vectors of length 1."""
     return normalized(jax.nn.relu(x @ weights[0]) @ weights[1])
 
 
@@ -108,6 +113,7 @@ def two_tower_loss(params: Any, users: Any, history: Any, items: Any, frequency:
 
 
 def two_tower() -> Case:
+    """A training step of a retrieval model with Adagrad."""
     batch, width = 16_384, 128
     weights = {
         "users": weight((1 << 22, width), "model"),

@@ -31,6 +31,7 @@ VARIABLES, WIDTH = 227, 512
 
 
 def two_layers(into: int, out: int = WIDTH) -> list[Weight]:
+    """Matrices of `feed`."""
     return [weight((into, WIDTH)), weight((WIDTH, out))]
 
 
@@ -40,6 +41,7 @@ def message_weights() -> dict[str, Any]:
 
 
 def graphcast_weights() -> dict[str, Any]:
+    """Small enough to be whole on every device, as those of all programs here."""
     return {
         "grid": two_layers(VARIABLES),
         "mesh": two_layers(8),
@@ -52,6 +54,7 @@ def graphcast_weights() -> dict[str, Any]:
 
 
 def feed(x: Any, weights: Any) -> Any:
+    """Two layers without biases: x [..., width]."""
     first, second = bfloat16(weights)
     return jax.nn.silu(x @ first) @ second
 
@@ -110,6 +113,7 @@ def graphcast_loss(
 
 
 def graphcast() -> Case:
+    """A training step of GraphCast on a grid of one degree."""
     counts = (GRID_EDGES, MESH_EDGES, GRID_EDGES)
     weather, place = array(8, GRID, VARIABLES), P("data", "model")
     edges = tuple(array(count, 8, dtype=jnp.bfloat16) for count in counts)
@@ -129,6 +133,8 @@ ATOMS, BONDS, MOLECULES = 32_768, 1_048_576, 512
 
 
 def nequip_weights() -> dict[str, Any]:
+    """Four rounds of messages; features are 64 scalars and 64 vectors of each atom."""
+
     def layer() -> dict[str, Weight]:
         square = weight((CHANNELS, CHANNELS))
         return {
@@ -193,6 +199,7 @@ def nequip_loss(
 
 
 def nequip() -> Case:
+    """A training step of NequIP."""
     atoms, bonds, vectors = integers(ATOMS), integers(BONDS), array(ATOMS, 3)
     inputs = (vectors, atoms, bonds, bonds, atoms, array(MOLECULES), vectors)
     specs = (*(P("data"),) * 5, P(), P("data"))
@@ -206,6 +213,7 @@ TRIANGLES = ("bikc,bjkc->bijc", "bkic,bkjc->bijc")  # outgoing and incoming edge
 
 
 def evoformer_weights() -> dict[str, Any]:
+    """Four blocks of the Evoformer of AlphaFold 2."""
     block = {
         "row_qkv": weight((ALIGNED, 3, 8, 32)),
         "row_bias": weight((PAIR, 8)),
@@ -243,6 +251,7 @@ def row_attention(x: Any, pairs: Any, qkv: Any, bias: Any, out: Any) -> Any:
 
 
 def gated(x: Any, weights: Any) -> Any:
+    """A gated linear unit: x [..., width]."""
     left, right = jnp.split(x @ weights, 2, axis=-1)
     return left * jax.nn.sigmoid(right)
 
@@ -293,6 +302,7 @@ def evoformer_loss(params: Any, aligned: Any, pairs: Any) -> Any:
 
 
 def evoformer() -> Case:
+    """A training step of the Evoformer."""
     batch, sequences, residues = 16, 128, 256
     aligned = array(batch, sequences, residues, ALIGNED, dtype=jnp.bfloat16)
     pairs = array(batch, residues, residues, PAIR, dtype=jnp.bfloat16)

@@ -37,6 +37,7 @@ T5_LAYERS, BUCKETS, FARTHEST = 12, 32, 128
 
 
 def t5_weights() -> dict[str, Any]:
+    """T5 large with half of its layers."""
     embed, heads, head_dim, mlp, vocab = 1024, 16, 64, 2816, 32_128
 
     def attend() -> dict[str, Weight]:
@@ -88,6 +89,7 @@ def t5_attention(x: Any, memory: Any, weights: Any, bias: Any) -> Any:
 
 
 def t5_mlp(x: Any, weights: Any) -> Any:
+    """A feed-forward layer: x [batch, length, embed]."""
     w = bfloat16(weights)
     h = rms_norm(x, w["norm"])
     return x + (jax.nn.gelu(h @ w["gate"]) * (h @ w["up"])) @ w["down"]
@@ -142,6 +144,7 @@ def t5_adafactor() -> Case:
 
 
 def translator_weights() -> dict[str, Any]:
+    """The example of flax's repository, with layers that are not stacked."""
     embed, heads, mlp, vocab = 1024, 16, 4096, 32_000
 
     def attend() -> dict[str, Weight]:
@@ -182,6 +185,7 @@ def translator_attention(x: Any, memory: Any, weights: Any, mask: Any) -> Any:
 
 
 def translator_mlp(x: Any, weights: Any) -> Any:
+    """A feed-forward layer: x [batch, length, embed]."""
     w = bfloat16(weights)
     h = jax.nn.relu(layer_norm(x, w["scale"], w["shift"]) @ w["up"] + w["up_bias"])
     return x + h @ w["down"] + w["down_bias"]
@@ -222,6 +226,7 @@ def translation_loss(
 
 
 def translation_packed() -> Case:
+    """A training step of the translator."""
     inputs = (integers(256, 256),) * 7
     return trained(
         translation_loss, translator_weights(), inputs, (P(BATCH),) * 7,

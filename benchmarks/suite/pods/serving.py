@@ -39,6 +39,7 @@ Update = Callable[[Any, Any, Any, Any, Any], tuple[Any, Any, Any, Any, Any]]
 
 
 def decoder_weights(layers: int) -> dict[str, Any]:
+    """Heads, hidden units and the vocabulary lie over tensor."""
     mlp, vocab = 14_336, 128_256
     layer = {
         **attention_weights(EMBED, HEADS, KV_HEADS, HEAD, None, "tensor"),
@@ -146,6 +147,7 @@ def served(
 
 
 def decode_step() -> Case:
+    """Sampling for 128 sequences, with a cache of 8192 positions."""
     layers, batch = 32, 128
     inputs = (integers(batch), integers(batch), random_bits())
     cache = cache_of(layers, batch, 8192)
@@ -167,6 +169,7 @@ def decode_long() -> Case:
 
 
 def prefill() -> Case:
+    """Prompts of 4096 tokens."""
     layers, batch = 8, 32
     inputs = (integers(batch, 4096), integers(batch))
     cache = cache_of(layers, batch, 8192)

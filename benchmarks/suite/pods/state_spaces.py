@@ -38,6 +38,7 @@ MAMBA_HEADS, MAMBA_HEAD, STATE, CHUNK = 64, 64, 128, 256
 
 
 def mamba_weights() -> dict[str, Any]:
+    """Eight layers of Mamba 2 with 1.3 billion parameters."""
     embed, vocab, inner = 2048, 50_304, MAMBA_HEADS * MAMBA_HEAD
     layer = {
         "gate": weight((embed, inner), "fsdp", "tensor"),
@@ -116,6 +117,7 @@ def mamba_layer(x: Any, weights: Any) -> tuple[Any, None]:
 
 
 def mamba_loss(params: Any, tokens: Any, labels: Any) -> Any:
+    """Cross entropy: tokens and labels [batch, length]."""
     embedding = params["embedding"].astype(jnp.bfloat16)
     x = shard(embedding[tokens], BATCH, None, None)
     x, _ = lax.scan(jax.checkpoint(mamba_layer), x, params["layers"])
@@ -124,6 +126,7 @@ def mamba_loss(params: Any, tokens: Any, labels: Any) -> Any:
 
 
 def mamba2() -> Case:
+    """A training step of Mamba 2."""
     tokens = integers(64, 4096)
     return trained(
         mamba_loss, mamba_weights(), (tokens, tokens), (P(BATCH), P(BATCH)),
@@ -137,6 +140,7 @@ GRIFFIN_HEADS, WINDOW = 16, 1024
 
 
 def griffin_weights() -> dict[str, Any]:
+    """Two blocks of two recurrences and one attention."""
     embed, mlp, vocab = 2048, 6144, 32_000
     square, norm = weight((embed, embed), "fsdp"), weight((embed,))
     head = embed // GRIFFIN_HEADS
@@ -196,6 +200,7 @@ def local_attention(x: Any, w: Any) -> Any:
 
 
 def gated_mlp(x: Any, w: Any) -> Any:
+    """A feed-forward layer: x [batch, length, embed]."""
     h = rms_norm(x, w["norm"])
     return x + (jax.nn.gelu(h @ w["gate"]) * (h @ w["up"])) @ w["down"]
 
@@ -210,6 +215,7 @@ def griffin_block(x: Any, w: Any) -> Any:
 
 
 def griffin_loss(params: Any, tokens: Any, labels: Any) -> Any:
+    """Cross entropy of capped logits: tokens and labels [batch, length]."""
     params = bfloat16(params)
     x = params["embedding"][tokens]
     for w in params["blocks"]:
@@ -219,6 +225,7 @@ def griffin_loss(params: Any, tokens: Any, labels: Any) -> Any:
 
 
 def griffin() -> Case:
+    """A training step of Griffin."""
     tokens = integers(128, 2048)
     return trained(
         griffin_loss, griffin_weights(), (tokens, tokens), (P(BATCH), P(BATCH)),

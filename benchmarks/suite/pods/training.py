@@ -103,6 +103,7 @@ def accumulated() -> Case:
 
 
 def zero1() -> Case:
+    """Parameters are whole on every device; the optimiser's state is divided."""
     embed, vocab = 2048, 50_304
     weights = {
         "embedding": weight((vocab, embed)),
@@ -144,6 +145,7 @@ def orthogonalized(grad: Any) -> Any:
 
 
 def muon_stacked() -> Case:
+    """Momentum is made orthogonal, for all layers at once."""
     embed, vocab = 2048, 32_000
     weights = {
         "embedding": weight((vocab, embed), "tensor", "fsdp"),
@@ -171,6 +173,6 @@ PROGRAMS = (
         "GPT; fsdp, accumulated gradients, a loss in chunks, averaged parameters",
         accumulated,
     ),
-    program("gpt_zero1", "GPT; data parallel, the optimiser's state sharded", zero1),
+    program("zero1", "GPT; data parallel, the optimiser's state sharded", zero1),
     program("muon_stacked", "GPT; Muon on stacked layers, on fsdp and tensor", muon_stacked),
 )

@@ -67,6 +67,7 @@ def level(into: int, out: int) -> dict[str, Any]:
 
 
 def unet_weights() -> dict[str, Any]:
+    """Three resolutions, with one residual block and one attention at each."""
     first, *_, last = CHANNELS
     ups = ((last, last), (last, CHANNELS[1]), (CHANNELS[1], first))
     return {
@@ -149,6 +150,7 @@ def unet_loss(params: Any, noisy: Any, times: Any, text: Any, noise: Any) -> Any
 
 
 def unet() -> Case:
+    """A training step of the U-Net."""
     batch = 256
     latents = array(batch, 64, 64, 4)
     inputs = (latents, array(batch), array(batch, 77, TEXT, dtype=jnp.bfloat16), latents)

@@ -80,6 +80,7 @@ def encoded(x: Any, weights: Any, heads: int) -> Any:
 
 
 def siglip_weights() -> dict[str, Any]:
+    """Twelve layers for images and twelve for texts."""
     embed, vocab = 1024, 32_000
     ends = {
         "patch": weight((COLOURS, embed), None, "fsdp"),
@@ -98,6 +99,7 @@ def siglip_weights() -> dict[str, Any]:
 
 
 def unit(x: Any) -> Any:
+    """x [batch, width] at length 1, in float32."""
     wide = x.astype(jnp.float32)
     return wide / jnp.linalg.norm(wide, axis=-1, keepdims=True)
 
@@ -115,6 +117,7 @@ def siglip_loss(params: Any, images: Any, texts: Any) -> Any:
 
 
 def siglip() -> Case:
+    """A training step of SigLIP."""
     batch = 4096
     inputs = (array(batch, PIXELS, PIXELS, 3), integers(batch, 64))
     return trained(
@@ -128,6 +131,7 @@ SEEN = PATCHES // 4
 
 
 def mae_weights() -> dict[str, Any]:
+    """A large encoder of few patches, a small decoder of all."""
     embed, narrow = 1024, 512
     ends = {
         "patch": weight((COLOURS, embed), None, "fsdp"),
@@ -162,6 +166,7 @@ def mae_loss(params: Any, images: Any, bits: Any) -> Any:
 
 
 def mae() -> Case:
+    """A training step of the masked autoencoder."""
     inputs = (array(1024, PIXELS, PIXELS, 3), random_bits())
     return trained(mae_loss, mae_weights(), inputs, (P(BATCH), P()), {"data": 2, "fsdp": 16})
 
@@ -172,6 +177,7 @@ STEPS, CLASSES = 1000, 1000
 
 
 def dit_weights() -> dict[str, Any]:
+    """DiT-XL/2."""
     embed, mlp = 1152, 4608
     layer = {
         "modulation": weight((embed, 6, embed), "fsdp"),
@@ -231,6 +237,7 @@ def dit_loss(params: Any, latents: Any, labels: Any, bits: Any) -> Any:
 
 
 def dit() -> Case:
+    """A training step of the diffusion transformer."""
     batch = 256
     inputs = (array(batch, 32, 32, 4), integers(batch), random_bits())
     return averaged(
