@@ -138,13 +138,19 @@ def attention(
 
 
 def attention_weights(
-    embed: int, heads: int, kv_heads: int, head_dim: int, fsdp: Axis, tensor: Axis
-) -> dict[str, Weight]:
-    """Of one layer, with heads as a dim of their own, as `self_attention` takes them."""
+    embed: int, heads: int, kv_heads: int, head_dim: int, fsdp: Axis, tensor: Axis,
+    keys: tuple[Axis, ...] | None = None,
+) -> dict[str, Weight]:  # fmt: skip
+    """Of one layer, with heads as a dim of their own, as `self_attention` takes them.
+
+    Args:
+      keys: axes of keys and values, where they do not lie like queries.
+    """
+    keys = (fsdp, tensor) if keys is None else keys
     return {
         "query": weight((embed, heads, head_dim), fsdp, tensor),
-        "key": weight((embed, kv_heads, head_dim), fsdp, tensor),
-        "value": weight((embed, kv_heads, head_dim), fsdp, tensor),
+        "key": weight((embed, kv_heads, head_dim), *keys),
+        "value": weight((embed, kv_heads, head_dim), *keys),
         "attention_out": weight((heads, head_dim, embed), tensor, None, fsdp),
     }
 

@@ -73,25 +73,26 @@ class Axes(NamedTuple):
     annotated: bool = True
 
     def put(self, x: Any, *spec: Axis) -> Any:
+        """Annotates an activation, or leaves it as it is."""
         return shard(x, *spec) if self.annotated else x
 
     def residual(self, x: Any) -> Any:
+        """Annotates the residual stream, [batch, length, embed]."""
         return self.put(x, self.batch, self.sequence, None)
 
 
 def llama_weights(model: Llama, axes: Axes) -> dict[str, Any]:
     """Parameters, with those of all layers stacked."""
     m, fsdp, tensor = model, axes.fsdp, axes.tensor
+    keys = (fsdp, axes.key_weights)
     layer = {
-        **attention_weights(m.embed, m.heads, m.kv_heads, m.head_dim, fsdp, tensor),
+        **attention_weights(m.embed, m.heads, m.kv_heads, m.head_dim, fsdp, tensor, keys),
         "gate": weight((m.embed, m.mlp), fsdp, tensor),
         "up": weight((m.embed, m.mlp), fsdp, tensor),
         "down": weight((m.mlp, m.embed), tensor, fsdp),
         "attention_norm": weight((m.embed,)),
         "mlp_norm": weight((m.embed,)),
     }
-    for name in ("key", "value"):
-        layer[name] = weight((m.embed, m.kv_heads, m.head_dim), fsdp, axes.key_weights)
     return {
         "embedding": weight((m.vocab, m.embed), tensor, fsdp),
         "output": weight((m.embed, m.vocab), fsdp, tensor),

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks.suite.case import Case, array
 from benchmarks.suite.pods.common import (
+    Axis,
     attention,
     attention_weights,
     causal,
@@ -38,11 +39,15 @@ CACHE = P(None, "data", None, "tensor")
 Update = Callable[[Any, Any, Any, Any, Any], tuple[Any, Any, Any, Any, Any]]
 
 
-def decoder_weights(layers: int) -> dict[str, Any]:
-    """Heads, hidden units and the vocabulary lie over tensor."""
+def decoder_weights(layers: int, keys: tuple[Axis, ...] = (None, "tensor")) -> dict[str, Any]:
+    """Heads, hidden units and the vocabulary lie over tensor.
+
+    Args:
+      keys: axes of weights of keys and values.
+    """
     mlp, vocab = 14_336, 128_256
     layer = {
-        **attention_weights(EMBED, HEADS, KV_HEADS, HEAD, None, "tensor"),
+        **attention_weights(EMBED, HEADS, KV_HEADS, HEAD, None, "tensor", keys),
         "gate": weight((EMBED, mlp), None, "tensor"),
         "up": weight((EMBED, mlp), None, "tensor"),
         "down": weight((mlp, EMBED), "tensor"),
@@ -157,10 +162,7 @@ def decode_step() -> Case:
 def decode_long() -> Case:
     """Eight heads of keys do not divide 16 devices: the cache lies along its positions."""
     layers, batch = 32, 32
-    weights = decoder_weights(layers)
-    for name in ("key", "value"):
-        lies = weight((layers, EMBED, KV_HEADS, HEAD), None, "tensor")
-        weights["layers"][name] = lies
+    weights = decoder_weights(layers, keys=("tensor",))
     inputs = (integers(batch), integers(batch))
     return served(
         decode_greedy, weights, cache_of(layers, batch, 32_768), P(None, "data", "tensor"),

@@ -80,10 +80,13 @@ def chunked_loss(chunks: int, params: Any, tokens: Any, labels: Any) -> Any:
 def accumulated() -> Case:
     """Gradients of four microbatches are added before a step."""
     embed, vocab, microbatches = 2048, 50_304, 4
+    layer = gpt_weights(embed, 8192)
+    for name in ("qkv", "attention_out", "up", "down"):
+        layer[name] = weight(layer[name].shape, "fsdp")
     weights = {
         "embedding": weight((vocab, embed), "fsdp"),
         "final_norm": weight((embed,)),
-        "layers": stacked(12, gpt_weights(embed, 8192, fsdp="fsdp")),
+        "layers": stacked(12, layer),
     }
 
     def value_and_grad(params: Any, tokens: Any, labels: Any) -> tuple[Any, Any]:
