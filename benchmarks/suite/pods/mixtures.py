@@ -70,11 +70,13 @@ def routed(x: Any, router: Any) -> tuple[Any, Any, Any]:
     scores = scores / scores.sum(axis=-1, keepdims=True)
     taken = jax.nn.one_hot(chosen, EXPERTS, dtype=jnp.int32)
     order = jnp.cumsum(taken.reshape(x.shape[0], -1, EXPERTS), axis=1).reshape(taken.shape)
-    slots = jax.nn.one_hot(order * taken - 1, CAPACITY, dtype=jnp.bfloat16)
+    places = order * taken - 1
+    dispatch = jax.nn.one_hot(places, CAPACITY, dtype=jnp.bfloat16).sum(axis=2)
+    slots = jax.nn.one_hot(places, CAPACITY, dtype=jnp.bfloat16)
     combine = (slots * scores[..., None, None].astype(jnp.bfloat16)).sum(axis=2)
     share = taken[:, :, 0].astype(jnp.float32).mean(axis=(0, 1))
     balance = (probabilities.mean(axis=(0, 1)) * share).sum() * EXPERTS
-    return slots.sum(axis=2), combine, balance
+    return dispatch, combine, balance
 
 
 def einsum_experts(x: Any, w: Any) -> tuple[Any, Any]:
