@@ -27,6 +27,7 @@ from benchmarks.suite.everyday import (
     network,
     program,
 )
+from sharding import shard
 
 
 def rows(x: Any) -> Any:
@@ -196,6 +197,22 @@ def levels(table: Any, x: Any) -> Any:
     return descend(loss, table)
 
 
+def grouped(weights: Any, x: Any) -> Any:
+    """Attention of 16 heads, of which 4 share a head of keys: fewer than there are devices."""
+
+    def by_heads(x: Any) -> Any:
+        return shard(x, None, None, "data", None)
+
+    def loss(weights: Any) -> Any:
+        q, k, v = (by_heads(jnp.einsum("bsm,mhd->bshd", x, weights[n])) for n in "qkv")
+        q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+        scores = jax.nn.softmax(jnp.einsum("bskgd,btkd->bkgst", q, k), -1)
+        found = jnp.einsum("bkgst,btkd->bskgd", scores, v).reshape(*q.shape[:2], -1, q.shape[4])
+        return (jnp.einsum("bshd,hdm->bsm", by_heads(found), weights["o"]) ** 2).mean()
+
+    return descend(loss, weights)
+
+
 GRU = {name: array(64, 64) for name in ("zk", "hk", "zn", "hn")}
 CHUNKS = array(4, 8, 16, 16, 16)
 CODERS = [network(256, 512, 64), network(32, 512, 256)]
@@ -206,6 +223,10 @@ STATE = {
 }
 NARROW = {"layer": array(64, 2048), "head": array(2048, 1)}
 NARROW_PLACES = {"layer": P("data", "part"), "head": P("data")}
+FEW_KEYS = {
+    "q": array(64, 16, 8), "k": array(64, 4, 8), "v": array(64, 4, 8), "o": array(16, 8, 64),
+}  # fmt: skip
+BY_HEADS = {"q": P(None, "data"), "k": P(), "v": P(), "o": P("data")}
 
 PROGRAMS = (
     program("rows", "`jax.lax.map` over rows", rows, (array(64, 4096),), (ROWS,), ROWS),
@@ -242,4 +263,6 @@ PROGRAMS = (
             (PARTS,), PARTS, pairs=True),
     program("levels", "corners of grids in a sharded table", levels,
             (array(4, 2048, 4), array(1024, 3)), (P(None, "data"), ROWS), P(None, "data")),
+    program("grouped", "attention by heads, with fewer heads of keys than devices", grouped,
+            (FEW_KEYS, array(4, 128, 64)), (BY_HEADS, P()), BY_HEADS),
 )  # fmt: skip
