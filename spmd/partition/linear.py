@@ -1,9 +1,10 @@
 """Which operations are linear: what their partial operands can stay partial through."""
 
 from collections.abc import Iterator
+from math import prod
 
 from sharding.mesh import MeshShape
-from sharding.program import Op, Program, Value, value_bytes
+from sharding.program import Op, Program, Value
 from sharding.project import to_dims, to_factors
 from sharding.rule import Kind
 from sharding.spec import Layout
@@ -17,10 +18,11 @@ def reduces(op: Op) -> bool:
 
 def linear_groups(op: Op) -> Iterator[tuple[int, ...]]:
     """Operands whose sums may be taken after an operation instead of before it: it is linear in
-    them, and its result is no larger."""
-    size = value_bytes(op.outputs[0])
+    them, and its result has no more elements. These may be wider: what is made in half precision
+    is added up in full."""
+    size = prod(op.outputs[0].shape)
     for group in op.rule.linear:
-        if all(size <= value_bytes(op.inputs[i]) for i in group):
+        if all(size <= prod(op.inputs[i].shape) for i in group):
             yield group
 
 

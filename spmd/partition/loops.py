@@ -125,20 +125,22 @@ def _sums(planner: Any, op: Op, trips: int) -> Iterator[tuple[int, Layout]]:
         elsewhere = [v for v in names[outer[region, into]] if v is not carry]
         if any(planner.uses[v.id] for v in elsewhere):
             continue  # what a predicate reads is whole
-        layout = _partial_sum(planner, carry, op.regions[region].outputs[out])
-        if layout is None:
+        found = _partial_sum(planner, carry, op.regions[region].outputs[out])
+        if found is None:
             continue
+        layout, narrow = found
         reduced = planner.wanted(carry).reduced()
-        step = plan(layout, reduced, carry.shape, carry.itemsize, planner.mesh)
+        once = plan(layout, reduced, carry.shape, carry.itemsize, planner.mesh).bytes
         more = _more_bytes(planner, carry, layout, reduced)
-        if (trips - 1) * step.bytes > WORTH * more:
+        if (trips * narrow / carry.itemsize - 1) * once > WORTH * more:
             yield outer[region, into], layout
 
 
-def _partial_sum(planner: Any, carry: Value, result: Value) -> Layout | None:
-    """The partial layout that a carry and everything added to it can have; None where there is
-    none, or something else reads the sum on the way."""
-    value, layout = carry, None
+def _partial_sum(planner: Any, carry: Value, result: Value) -> tuple[Layout, int] | None:
+    """The partial layout that a carry and everything added to it can have, and the bytes of an
+    element in which the addends would be reduced; None where there is no such layout, or something
+    else reads the sum on the way."""
+    value, layout, narrow = carry, None, carry.itemsize
     while value is not result:
         reader = only_reader(planner.propagated.program, value)
         if reader is None or len(reader[0].outputs) != 1 or reader[0].rule.annotation is not None:
@@ -154,10 +156,17 @@ def _partial_sum(planner: Any, carry: Value, result: Value) -> Layout | None:
                 if added is None or layout not in (None, added):
                     return None
                 layout = added
+                narrow = min(narrow, *_widths(planner, op.inputs[i]))
         value = op.outputs[0]
         if layout is not None and through(op, operand, layout, planner.mesh) != layout:
             return None
-    return layout
+    return None if layout is None else (layout, narrow)
+
+
+def _widths(planner: Any, value: Value) -> Iterator[int]:
+    """Bytes of an element, of what `made_partial` passes."""
+    values = planner.propagated.program.values
+    return (values[i].itemsize for i, _ in _made_on_the_way(planner, value))
 
 
 def made_partial(planner: Any, value: Value) -> Layout | None:
@@ -245,7 +254,8 @@ def _stacked(planner: Any, op: Op, found: Planned, trips: int) -> Iterator[tuple
         there = found.boundary.outputs[port.region][port.inner]
         outer = planner.outside(layout, port)
         inner = inside[1]
-        each = plan(layout, there, inner.shape, inner.itemsize, planner.mesh).bytes
+        narrow = min(_widths(planner, inner))
+        each = plan(layout, there, inner.shape, narrow, planner.mesh).bytes
         after = plan(made, wanted, value.shape, value.itemsize, planner.mesh).bytes
         once = plan(outer, wanted, value.shape, value.itemsize, planner.mesh).bytes
         if trips * each + after - once > WORTH * _more_bytes(planner, value, outer, made):

@@ -173,6 +173,30 @@ def test_gradients_of_batches_through_a_loop_over_layers_are_reduced_once() -> N
     assert sent(without) == {"all_reduce": 15}
 
 
+def half(weights: Any) -> Any:
+    return weights.astype(jnp.bfloat16)
+
+
+@pytest.mark.parametrize("loss", [
+    lambda w, x: jnp.sum(jnp.tanh(half(x) @ half(w).reshape(64, -1)).astype(jnp.float32) ** 2),
+    lambda w, x: layers(half(w), half(x)).astype(jnp.float32),
+    lambda w, x: layers(w, x),
+], ids=["one layer", "layers cast before their loop", "not cast"])  # fmt: skip
+def test_what_is_computed_in_half_precision_and_added_up_in_full_is_reduced_once(
+    loss: Callable,
+) -> None:
+    """Mixed precision: float32 weights are cast for each microbatch, and so are gradients."""
+
+    def fun(w: Any, xs: Any) -> Any:
+        micro = lambda total, x: (total + jax.grad(loss)(w, x), None)  # noqa: E731
+        return lax.scan(micro, jnp.zeros_like(w), xs)[0]
+
+    args = arr(3, 64, 64), arr(5, 256, 64, seed=1)
+    ours = check(fun, args, make_mesh(x=4), (P(), P(None, "x")), P(), 2e-2)
+    assert sent(ours) == {"all_reduce": 1}
+    assert ours.wire_bytes == 2 * args[0].nbytes * 3 / 4  # in float32
+
+
 def test_gradients_that_divide_the_layers_are_scattered_after_the_loop() -> None:
     args = arr(4, 64, 64), arr(256, 64, seed=1)
     ours, without = both(jax.grad(layers), args, (P("x"), P("x")), P("x"))
