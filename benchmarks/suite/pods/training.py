@@ -1,4 +1,4 @@
-"""A GPT, trained in ways that change the step: accumulation, ZeRO-1, Muon."""
+"""A GPT, trained in ways that change the step: accumulation, a pipeline, ZeRO-1, Muon."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from benchmarks.suite.pods.common import (
     bfloat16,
     causal,
     clipped_adamw,
+    cross_entropy_by_one_hot,
     integers,
     program,
     rms_norm,
@@ -30,9 +31,9 @@ from benchmarks.suite.pods.common import (
     weight,
 )
 from benchmarks.suite.programs.optimizers import cross_entropy, like_params
+from sharding import shard
 
 BATCH: Axis = ("data", "fsdp")
-
 
 
 def gpt_weights(
@@ -103,6 +104,45 @@ def accumulated() -> Case:
         value_and_grad, weights, (tokens, tokens), (place, place), {"data": 4, "fsdp": 8},
         clipped_adamw(), decay=0.999,
     )  # fmt: skip
+
+
+def pipelined() -> Case:
+    """Four stages of two layers each, and 16 microbatches. The states of all stages are one array,
+    which every step shifts by one (GSPMD, section 3.3)."""
+    embed, vocab, stages, microbatches = 2048, 32_000, 4, 16
+    layers = stacked(2, gpt_weights(embed, 8192))
+    weights = {
+        "embedding": weight((vocab, embed)),
+        "final_norm": weight((embed,)),
+        "stages": jax.tree.map(lambda w: Weight((stages, *w.shape), P("stage")), layers),
+    }
+
+    def stage(layers: Any, x: Any) -> Any:
+        return lax.scan(jax.checkpoint(gpt_layer), x, layers)[0]
+
+    def loss(params: Any, tokens: Any, labels: Any) -> Any:
+        embedding = params["embedding"].astype(jnp.bfloat16)
+        x = embedding[tokens].reshape(microbatches, -1, tokens.shape[1], embed)
+        x = shard(x, None, "data", None, None)
+        last = jnp.zeros((stages - 1, *x.shape[1:]), x.dtype)
+
+        def tick(states: Any, entering: Any) -> tuple[Any, Any]:
+            states = jnp.roll(states, 1, axis=0).at[0].set(entering)
+            states = shard(states, "stage", "data", None, None)
+            states = jax.vmap(stage)(params["stages"], states)
+            states = shard(states, "stage", "data", None, None)
+            return states, states[-1]
+
+        states = jnp.zeros((stages, *x.shape[1:]), x.dtype)
+        _, x = lax.scan(tick, states, jnp.concatenate([x, last]))
+        x = shard(x[stages - 1 :], None, "data", None, None).reshape(*tokens.shape, embed)
+        logits = rms_norm(x, params["final_norm"]) @ embedding.T
+        return cross_entropy_by_one_hot(logits, labels)
+
+    tokens = integers(128, 1024)
+    return trained(
+        loss, weights, (tokens, tokens), (P("data"), P("data")), {"stage": 4, "data": 8}
+    )
 
 
 def zero1() -> Case:
@@ -176,6 +216,7 @@ PROGRAMS = (
         "GPT; fsdp, accumulated gradients, a loss in chunks, averaged parameters",
         accumulated,
     ),
+    program("pipelined", "GPT; four stages, data parallel, 16 microbatches", pipelined),
     program("zero1", "GPT; data parallel, the optimiser's state sharded", zero1),
     program("muon_stacked", "GPT; Muon on stacked layers, on fsdp and tensor", muon_stacked),
 )
