@@ -26,7 +26,7 @@ from spmd.partition.around import STEPS, Flow, Surroundings, Way, lying
 from spmd.partition.cut import Edge, source_side
 
 # Equations that are decided together; further ones stay as they are.
-WINDOW = 512
+WINDOW = 4096
 # Readers of a value that are too many to go on from all of them at once.
 MANY = 16
 

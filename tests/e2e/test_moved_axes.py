@@ -67,6 +67,22 @@ def test_attention_with_its_positions_sharded_runs_by_heads() -> None:
     assert kinds(off)["all_gather", ("s",)] == (2, 2 * 8 * once)
 
 
+@pytest.mark.parametrize("between", [1, 1000])
+def test_however_much_there_is_between_the_two_products(between: int) -> None:
+    """As in two layers that are no loop: all of it is one stretch."""
+
+    def fun(x: Any) -> Any:
+        x = jnp.reshape(x, (*x.shape[:2], HEADS, DIM))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", x, x)
+        for _ in range(between):
+            scores = scores * 0.999
+        return jnp.einsum("bhqk,bkhd->bqhd", scores, x).reshape(*x.shape[:2], -1)
+
+    function = spmd.jit(fun, mesh=make_mesh(s=8), in_shardings=(ROW,), out_shardings=ROW)
+    planned = function.trace(X).propagate().partition()
+    assert kinds(planned) == {("all_to_all", ("s",)): (2, 2 * X.nbytes / 8 * 7 / 8)}
+
+
 def test_and_so_do_its_gradients() -> None:
     """Of three projections and the result, and the three that lead back; of its gradient once."""
     w = weights()
