@@ -1,5 +1,6 @@
 """What the stretches of a program have in common: dims, how often things happen, what they cost."""
 
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -112,6 +113,7 @@ class Surroundings:
 
     Attributes:
       layouts: by number.
+      having: the values, by id, that have a dim of the program.
     """
 
     def __init__(self, planner: Any):
@@ -132,7 +134,10 @@ class Surroundings:
         self.ends = self.given | {v.id for v in self.program.body.outputs}
         dim = planner.propagated.reach.dim
         self._dims = [tuple(dim(v, d) for d in range(v.rank)) for v in self.program.values]
-        self._having: dict[int, set[int]] = {}
+        self.having = defaultdict[int, set[int]](set)
+        for i, dims in enumerate(self._dims):
+            for found in dims:
+                self.having[found].add(i)
         self._nothing: dict[int, bool] = {}
         self.layouts: list[Layout] = []
         self._numbers: dict[Layout, int] = {}
@@ -144,13 +149,6 @@ class Surroundings:
     def dims(self, value: Value) -> tuple[int, ...]:
         """The dims of the program that those of a value are."""
         return self._dims[value.id]
-
-    def having(self, dim: int) -> set[int]:
-        """The values that have a dim of the program, by id."""
-        found = self._having.get(dim)
-        if found is None:
-            found = self._having[dim] = {i for i, dims in enumerate(self._dims) if dim in dims}
-        return found
 
     def number(self, layout: Layout) -> int:
         found = self._numbers.setdefault(layout, len(self.layouts))

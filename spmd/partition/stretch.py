@@ -59,7 +59,7 @@ class Stretch:
         self.start, self.axis, self.dim = start, axis, dim
         self.ops: dict[int, Op] = {}
         self.values: dict[int, Value] = {}  # that no equation of the stretch makes
-        self._members = around.having(dim)
+        self._members = around.having[dim]
         self._layouts: dict[int, tuple[int, int]] = {}
         self._large = max(prod(v.shape) * v.itemsize for v in (*start.inputs, *start.outputs))
         self.gain, self._there = 0.0, set[Hashable]()
