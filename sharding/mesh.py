@@ -29,7 +29,8 @@ def split_ref(ref: str) -> tuple[str, int, int | None]:
 
 
 class _One(type):
-    """Equal instances are one object: what is asked of them again and again is looked up by it."""
+    """Equal instances are one object, kept: what is asked of them again and again is looked up by
+    it. There are as many as meshes, and ways to split their axes."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         made = super().__call__(*args, **kwargs)

@@ -159,8 +159,9 @@ def local_shape(
 
 
 def fitted(sharding: Sharding, shape: tuple[int, ...], mesh: MeshShape) -> Sharding:
-    """With dims of fewer elements than devices on the major part of their axes, as many devices as
-    elements: 4 heads over an axis of 8 lie over `tensor:(1)4`, and no device has padding alone."""
+    """With dims of fewer elements than devices on the major part of their axes that makes as many
+    shards: 4 heads over an axis of 8 lie over `tensor:(1)4`, so that no device has padding alone.
+    Where no part does, they stay as they are: no part of 8 makes 6."""
     dims = tuple(
         replace(dim, axes=_fitted(dim.axes, n, mesh))
         for dim, n in zip(sharding.dims, shape, strict=True)

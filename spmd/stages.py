@@ -381,7 +381,7 @@ class Partitioned(Inspection):
         return [keep or self.plan.program.uses[v.id] > 0 for v in inputs]
 
     def warn(self) -> None:
-        """Says, at the first use, which annotated dims do not divide, and what is too large."""
+        """Says, at the first use, which annotated dims do not lie so, and what is too large."""
         annotated = {str(v) for v, s in self.propagated.traced.annotations}
         shortened = (*self.propagated._inputs[1], *self.propagated._outputs[1])
         _, level = caller()

@@ -7,7 +7,7 @@ from sharding.annotate import rank_problem, resolve, spec_of
 from sharding.errors import ArgumentError, Problem, SpecError
 from sharding.mesh import axes_size, overlap
 from sharding.op import Value
-from sharding.spec import Layout, Sharding, check_axes
+from sharding.spec import Layout, Sharding, check_axes, fitted
 from spmd.explaining.explanation import WhyNot
 from spmd.explaining.inspector import Inspector
 from spmd.explaining.trial import measure, with_annotations
@@ -29,6 +29,8 @@ def why_not(inspector: Inspector, asked: str | Value, spec: Any) -> WhyNot:
     value = _one(inspector, asked)
     wanted, problems = _resolved(inspector, value, spec)
     found = inspector.stage.result.of(value)
+    if not problems and len(wanted.dims) == value.rank:
+        wanted = fitted(wanted, value.shape, inspector.stage.result.mesh)
     layout = Layout(tuple(d.axes for d in wanted.dims))
     if not problems:
         problems += _impossible(inspector, value, layout)

@@ -3,8 +3,9 @@
 `loop_sums`: what the steps add up stays a partial sum, and is reduced after the last one.
 `loop_invariants`: what every step brings into the same place is brought there before the first.
 
-Both are tried on the plan of the loop and kept where they move fewer bytes. Memory that they take
-has to be worth it: a copy of all weights, whole, is not, if it saves a gather in a few steps.
+Both are tried on the plan of the loop and kept where it costs less, in bytes and repeated work.
+Memory that they take has to be worth it: a copy of all weights, whole, is not, if it saves a gather
+in a few steps.
 """
 
 from collections.abc import Callable, Iterator

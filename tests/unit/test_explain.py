@@ -175,6 +175,8 @@ def test_what_cannot_be() -> None:
     )
     longer = partitioned.why_not("x", P(None, None, None))
     assert "the spec has 3 entries, the array 2 dims" in str(longer)
+    few = staged(lambda x: x + 1, arr(2, 8), ins=P("tensor")).why_not("x", P("tensor"))
+    assert few.reasons == ("it is so already",)
     short = staged(lambda x: x + 1, arr(3, 8)).why_not("x", P("tensor"))
     assert short.illegal == (
         "dim 0 of x has size 3, and tensor makes 4 shards\n"
