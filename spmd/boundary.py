@@ -2,9 +2,8 @@
 
 JAX wants even shards of whole mesh axes for arguments and results. A dim keeps the largest prefix
 of its axes that divides it evenly; inside the program it is sharded in full: padded, or on a part
-of an axis. An array
-without elements is held whole: XLA replicates it whatever it is told, and `jax.jit` with
-`out_shardings` gives an array that cannot be read.
+of an axis. An array without elements is held whole: XLA replicates it whatever it is told, and
+`jax.jit` with `out_shardings` gives an array that cannot be read.
 """
 
 from collections.abc import Sequence

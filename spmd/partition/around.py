@@ -151,6 +151,7 @@ class Surroundings:
         return self._dims[value.id]
 
     def number(self, layout: Layout) -> int:
+        """A layout's number: its place in `layouts`."""
         found = self._numbers.setdefault(layout, len(self.layouts))
         if found == len(self.layouts):
             self.layouts.append(layout)
