@@ -7,7 +7,7 @@ from sharding.annotate import AxisRules, rank_problem, resolve
 from sharding.errors import MeshError, Problem, SpecError
 from sharding.mesh import MeshShape, split_ref
 from sharding.program import Op, Program, Value
-from sharding.spec import DimSharding, Sharding
+from sharding.spec import DimSharding, Sharding, fitted
 
 
 def annotations_in(
@@ -38,7 +38,7 @@ def annotations_in(
         own = op.scope.axis_rules
         sharding, bad = resolve(spec, value.rank, mesh, rules if own is None else own, what)
         problems += bad or _manual_axes(op, sharding, what)
-        found.append((value, sharding))
+        found.append((value, fitted(sharding, value.shape, mesh)))
     if problems:
         raise SpecError(*problems)
     return found

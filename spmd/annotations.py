@@ -73,7 +73,6 @@ def resolve_all(
     # reshards.
     inside = {v.id for v, _ in inner}
     every = (*inner, *((v, s) for v, s in annotations if v.id not in inside))
-    every = tuple((v, fitted(s, v.shape, options.mesh_shape)) for v, s in every)
     return Annotated(every, out_specs, in_entries, out_entries)
 
 
@@ -130,14 +129,9 @@ def _given_outputs(
     problems: list[Problem],
 ) -> tuple[Sharding | None, ...]:  # fmt: skip
     values, names = program.body.outputs, output_names(out_tree)
-    found = (
+    return tuple(
         _entry(value, entry, options, problems, "out_shardings", name)
         for value, entry, name in zip(values, entries, names, strict=True)
-    )
-    mesh = options.mesh_shape
-    return tuple(
-        given and fitted(given, value.shape, mesh)
-        for given, value in zip(found, values, strict=True)
     )
 
 
@@ -181,7 +175,7 @@ def _resolved(
         return None
     sharding, bad = resolve(spec, value.rank, options.mesh_shape, options.axis_rules, what)
     problems += bad
-    return sharding
+    return fitted(sharding, value.shape, options.mesh_shape)
 
 
 def _misplaced(given: Any, name: str, mesh: Any, where: str) -> Problem | None:

@@ -123,6 +123,10 @@ def array(*dims: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(dims, dtype)
 
 
+def ints(*dims: int) -> jax.ShapeDtypeStruct:
+    return array(*dims, dtype=jnp.int32)
+
+
 def everywhere(tree: Any) -> Any:
     """Specs that leave every array of a pytree whole."""
     return jax.tree.map(lambda _: PartitionSpec(), tree)

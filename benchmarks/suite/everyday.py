@@ -18,14 +18,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.suite.case import Case, Program, Size, array, drawn, everywhere
+from benchmarks.suite.case import Case, Program, Size, array, drawn, everywhere, ints
 
 ROWS, COLUMNS = P("data"), P(None, "data")
 WIDTH = 64
-
-
-def ints(*dims: int) -> jax.ShapeDtypeStruct:
-    return array(*dims, dtype=jnp.int32)
 
 
 def program(

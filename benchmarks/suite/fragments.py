@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.suite.case import array
+from benchmarks.suite.case import array, ints
 from benchmarks.suite.everyday import (
     BOTH,
     PARTS,
@@ -23,7 +23,6 @@ from benchmarks.suite.everyday import (
     apply,
     descend,
     fsdp,
-    ints,
     network,
     program,
 )

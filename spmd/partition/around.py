@@ -141,7 +141,7 @@ class Surroundings:
         self._nothing: dict[int, bool] = {}
         self.layouts: list[Layout] = []
         self._numbers: dict[Layout, int] = {}
-        self._alike: dict[int, int] = {}  # of equations that are alike the same number
+        self._kind_of: dict[int, int] = {}  # by equation, of those that are alike the same
         self._kinds: dict[Hashable, int] = {}
         self._ways: dict[tuple[int, ...], Way] = {}
         self._brought: dict[tuple[int, int, int], float] = {}
@@ -167,11 +167,11 @@ class Surroundings:
     def way(self, op: Op, operands: Sequence[int], results: Sequence[int]) -> Way:
         """How an equation runs once where its operands lie so, and its results are wanted so;
         worked out once for all that are alike."""
-        kind = self._alike.get(op.index)
+        kind = self._kind_of.get(op.index)
         if kind is None:
             sizes = ((v.shape, v.itemsize, self.of_nothing(v)) for v in (*op.inputs, *op.outputs))
             kind = self._kinds.setdefault((op.rule.canonical, *sizes), len(self._kinds))
-            self._alike[op.index] = kind
+            self._kind_of[op.index] = kind
         key = (kind, *operands, *results)
         found = self._ways.get(key)
         if found is None:

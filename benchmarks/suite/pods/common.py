@@ -53,11 +53,6 @@ def specs_of(weights: Any) -> Any:
     return jax.tree.map(lambda w: w.spec, weights)
 
 
-def integers(*dims: int) -> jax.ShapeDtypeStruct:
-    """An int32 array."""
-    return array(*dims, dtype=jnp.int32)
-
-
 def random_bits() -> jax.ShapeDtypeStruct:
     """A key of random numbers, as `jax.random.wrap_key_data` takes it."""
     return array(2, dtype=jnp.uint32)
@@ -103,6 +98,12 @@ def rotary(x: Any) -> Any:
 def causal(length: int) -> Any:
     """What each position may attend to: bool [length, length]."""
     return jnp.tril(jnp.ones((length, length), bool))
+
+
+def unit(x: Any) -> Any:
+    """x [batch, width] at length 1, in float32."""
+    wide = x.astype(jnp.float32)
+    return wide / jnp.linalg.norm(wide, axis=-1, keepdims=True)
 
 
 def split_heads(x: Any, heads: int) -> Any:

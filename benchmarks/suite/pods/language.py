@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.suite.case import Case
+from benchmarks.suite.case import Case, ints
 from benchmarks.suite.pods.common import (
     Axis,
     Weight,
@@ -20,7 +20,6 @@ from benchmarks.suite.pods.common import (
     bfloat16,
     causal,
     cross_entropy_by_one_hot,
-    integers,
     program,
     project,
     rms_norm,
@@ -144,7 +143,7 @@ def llama(
     model = model or Llama()
 
     def make() -> Case:
-        tokens = integers(model.batch, model.length)
+        tokens = ints(model.batch, model.length)
         return trained(
             partial(llama_loss, axes, one_hot), llama_weights(model, axes),
             (tokens, tokens), (P(axes.batch), P(axes.batch)), mesh,
@@ -222,7 +221,7 @@ def gemma_loss(params: Any, tokens: Any, labels: Any) -> Any:
 
 def gemma2() -> Case:
     """A training step of Gemma 2."""
-    tokens = integers(64, 4096)
+    tokens = ints(64, 4096)
     return trained(
         gemma_loss, gemma_weights(), (tokens, tokens), (P(BATCH), P(BATCH)), _MESH_3D
     )

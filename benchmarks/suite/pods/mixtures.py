@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.suite.case import Case
+from benchmarks.suite.case import Case, ints
 from benchmarks.suite.pods.common import (
     Axis,
     attention,
@@ -17,7 +17,6 @@ from benchmarks.suite.pods.common import (
     bfloat16,
     causal,
     cross_entropy_by_one_hot,
-    integers,
     program,
     rms_norm,
     rotary,
@@ -109,7 +108,7 @@ def mixtral_loss(params: Any, tokens: Any, labels: Any) -> Any:
 
 def mixtral_einsum() -> Case:
     """A training step of Mixtral."""
-    tokens = integers(64, 2048)
+    tokens = ints(64, 2048)
     return trained(
         mixtral_loss, mixtral_weights(), (tokens, tokens), (P(BATCH), P(BATCH)), EXPERT_MESH
     )
@@ -150,7 +149,7 @@ def mixtral_ragged() -> Case:
         "norm": weight((embed,)),
     }
     weights = {"embedding": weight((vocab, embed), None, "fsdp"), "layers": [layer, layer]}
-    tokens, place = integers(64, 1024), P(("data", "fsdp"))
+    tokens, place = ints(64, 1024), P(("data", "fsdp"))
     return trained(
         ragged_loss, weights, (tokens, tokens), (place, place), {"data": 4, "fsdp": 8}
     )
@@ -262,7 +261,7 @@ def deepseek_loss(params: Any, tokens: Any, labels: Any) -> Any:
 
 def deepseek() -> Case:
     """A training step of DeepSeek."""
-    tokens = integers(64, 2048)
+    tokens = ints(64, 2048)
     return trained(
         deepseek_loss, deepseek_weights(), (tokens, tokens), (P(BATCH), P(BATCH)), EXPERT_MESH
     )

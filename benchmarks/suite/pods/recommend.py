@@ -10,8 +10,8 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.suite.case import Case, array
-from benchmarks.suite.pods.common import Axis, Weight, integers, program, trained, weight
+from benchmarks.suite.case import Case, array, ints
+from benchmarks.suite.pods.common import Axis, Weight, program, trained, unit, weight
 
 BATCH: Axis = ("data", "model")
 MESH = {"data": 4, "model": 8}
@@ -63,7 +63,7 @@ def dlrm(tables: P, bag: int | None = None) -> Case:
         "bottom": layers(DENSE, 512, 256, WIDTH),
         "top": layers(WIDTH + pairs, 1024, 1024, 512, 1),
     }
-    rows = integers(batch, TABLES, *((bag,) if bag else ()))
+    rows = ints(batch, TABLES, *((bag,) if bag else ()))
     return trained(
         dlrm_loss, weights, (array(batch, DENSE), rows, array(batch)), (P(BATCH),) * 3, MESH,
         optax.adagrad(0.01),
@@ -83,14 +83,9 @@ def dlrm_columns() -> Case:
 # --- two towers -----------------------------------------------------------------------------------
 
 
-def normalized(x: Any) -> Any:
-    """x [batch, width] at length 1."""
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-
-
 def tower(x: Any, weights: Any) -> Any:
     """Two layers: x [batch, width] -> vectors of length 1."""
-    return normalized(jax.nn.relu(x @ weights[0]) @ weights[1])
+    return unit(jax.nn.relu(x @ weights[0]) @ weights[1])
 
 
 def two_tower_loss(params: Any, users: Any, history: Any, items: Any, frequency: Any) -> Any:
@@ -121,7 +116,7 @@ def two_tower() -> Case:
         "user_tower": layers(2 * width, 512, width),
         "item_tower": layers(width, 512, width),
     }
-    inputs = (integers(batch), integers(batch, 50), integers(batch), array(batch))
+    inputs = (ints(batch), ints(batch, 50), ints(batch), array(batch))
     return trained(
         two_tower_loss, weights, inputs, (P(BATCH),) * 4, MESH, optax.adagrad(0.01)
     )

@@ -10,11 +10,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.suite.case import Case, array
+from benchmarks.suite.case import Case, array, ints
 from benchmarks.suite.pods.common import (
     Weight,
     bfloat16,
-    integers,
     program,
     stacked,
     standardized,
@@ -117,7 +116,7 @@ def graphcast() -> Case:
     counts = (GRID_EDGES, MESH_EDGES, GRID_EDGES)
     weather, place = array(8, GRID, VARIABLES), P("data", "model")
     edges = tuple(array(count, 8, dtype=jnp.bfloat16) for count in counts)
-    graphs = tuple((integers(count), integers(count)) for count in counts)
+    graphs = tuple((ints(count), ints(count)) for count in counts)
     inputs = (weather, weather, array(MESH_NODES, 8, dtype=jnp.bfloat16), edges, graphs)
     along = P("model")
     specs = (place, place, P(), (along,) * 3, ((along, along),) * 3)
@@ -200,7 +199,7 @@ def nequip_loss(
 
 def nequip() -> Case:
     """A training step of NequIP."""
-    atoms, bonds, vectors = integers(ATOMS), integers(BONDS), array(ATOMS, 3)
+    atoms, bonds, vectors = ints(ATOMS), ints(BONDS), array(ATOMS, 3)
     inputs = (vectors, atoms, bonds, bonds, atoms, array(MOLECULES), vectors)
     specs = (*(P("data"),) * 5, P(), P("data"))
     return trained(nequip_loss, nequip_weights(), inputs, specs, {"data": 32})

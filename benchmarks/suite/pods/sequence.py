@@ -11,14 +11,13 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.suite.case import Case, everywhere
+from benchmarks.suite.case import Case, everywhere, ints
 from benchmarks.suite.pods.common import (
     Axis,
     Weight,
     attention,
     bfloat16,
     causal,
-    integers,
     layer_norm,
     program,
     rms_norm,
@@ -133,7 +132,7 @@ def t5_adafactor() -> Case:
     """The factored second moments of Adafactor are small, and whole on every device."""
     weights, optimizer, batch = t5_weights(), optax.adafactor(1e-2), 256
     state = jax.eval_shape(optimizer.init, shapes_of(weights))
-    inputs = (integers(batch, 512), integers(batch, 128), integers(batch, 128))
+    inputs = (ints(batch, 512), ints(batch, 128), ints(batch, 128))
     return trained(
         t5_loss, weights, inputs, (P("data"),) * 3, {"data": 8, "model": 4}, optimizer,
         state_specs=everywhere(state),
@@ -227,7 +226,7 @@ def translation_loss(
 
 def translation_packed() -> Case:
     """A training step of the translator."""
-    inputs = (integers(256, 256),) * 7
+    inputs = (ints(256, 256),) * 7
     return trained(
         translation_loss, translator_weights(), inputs, (P(BATCH),) * 7,
         {"data": 4, "fsdp": 4, "tensor": 2},

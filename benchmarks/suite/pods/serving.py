@@ -13,13 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.suite.case import Case, array
+from benchmarks.suite.case import Case, array, ints
 from benchmarks.suite.pods.common import (
     Axis,
     attention,
     attention_weights,
     causal,
-    integers,
     program,
     project,
     random_bits,
@@ -154,7 +153,7 @@ def served(
 def decode_step() -> Case:
     """Sampling for 128 sequences, with a cache of 8192 positions."""
     layers, batch = 32, 128
-    inputs = (integers(batch), integers(batch), random_bits())
+    inputs = (ints(batch), ints(batch), random_bits())
     cache = cache_of(layers, batch, 8192)
     return served(decode_sampled, decoder_weights(layers), cache, CACHE, inputs, MESH, 3)
 
@@ -163,7 +162,7 @@ def decode_long() -> Case:
     """Eight heads of keys do not divide 16 devices: the cache lies along its positions."""
     layers, batch = 32, 32
     weights = decoder_weights(layers, keys=("tensor",))
-    inputs = (integers(batch), integers(batch))
+    inputs = (ints(batch), ints(batch))
     return served(
         decode_greedy, weights, cache_of(layers, batch, 32_768), P(None, "data", "tensor"),
         inputs, {"data": 2, "tensor": 16}, 3,
@@ -173,7 +172,7 @@ def decode_long() -> Case:
 def prefill() -> Case:
     """Prompts of 4096 tokens."""
     layers, batch = 8, 32
-    inputs = (integers(batch, 4096), integers(batch))
+    inputs = (ints(batch, 4096), ints(batch))
     cache = cache_of(layers, batch, 8192)
     return served(prefill_prompts, decoder_weights(layers), cache, CACHE, inputs, MESH, 2)
 

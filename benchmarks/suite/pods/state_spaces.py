@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.suite.case import Case
+from benchmarks.suite.case import Case, ints
 from benchmarks.suite.pods.common import (
     Axis,
     Weight,
@@ -17,7 +17,6 @@ from benchmarks.suite.pods.common import (
     bfloat16,
     causal,
     cross_entropy_by_one_hot,
-    integers,
     program,
     rms_norm,
     rotary,
@@ -127,7 +126,7 @@ def mamba_loss(params: Any, tokens: Any, labels: Any) -> Any:
 
 def mamba2() -> Case:
     """A training step of Mamba 2."""
-    tokens = integers(64, 4096)
+    tokens = ints(64, 4096)
     return trained(
         mamba_loss, mamba_weights(), (tokens, tokens), (P(BATCH), P(BATCH)),
         {"data": 2, "fsdp": 4, "tensor": 4},
@@ -226,7 +225,7 @@ def griffin_loss(params: Any, tokens: Any, labels: Any) -> Any:
 
 def griffin() -> Case:
     """A training step of Griffin."""
-    tokens = integers(128, 2048)
+    tokens = ints(128, 2048)
     return trained(
         griffin_loss, griffin_weights(), (tokens, tokens), (P(BATCH), P(BATCH)),
         {"data": 4, "fsdp": 8},

@@ -11,7 +11,7 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.suite.case import Case
+from benchmarks.suite.case import Case, ints
 from benchmarks.suite.pods.common import (
     Axis,
     Weight,
@@ -21,7 +21,6 @@ from benchmarks.suite.pods.common import (
     causal,
     clipped_adamw,
     cross_entropy_by_one_hot,
-    integers,
     program,
     rms_norm,
     shapes_of,
@@ -99,7 +98,7 @@ def accumulated() -> Case:
         sums, _ = lax.scan(add, zeros, (tokens, labels))
         return jax.tree.map(lambda total: total / microbatches, sums)
 
-    tokens, place = integers(microbatches, 128, 2048), P(None, BATCH)
+    tokens, place = ints(microbatches, 128, 2048), P(None, BATCH)
     return averaged(
         value_and_grad, weights, (tokens, tokens), (place, place), {"data": 4, "fsdp": 8},
         clipped_adamw(), decay=0.999,
@@ -139,7 +138,7 @@ def pipelined() -> Case:
         logits = rms_norm(x, params["final_norm"]) @ embedding.T
         return cross_entropy_by_one_hot(logits, labels)
 
-    tokens = integers(128, 1024)
+    tokens = ints(128, 1024)
     return trained(
         loss, weights, (tokens, tokens), (P("data"), P("data")), {"stage": 4, "data": 8}
     )
@@ -162,7 +161,7 @@ def zero1() -> Case:
 
     state = jax.eval_shape(clipped_adamw().init, shapes_of(weights))
     scattered = jax.tree.map(lambda _: P("data"), weights)
-    tokens = integers(64, 2048)
+    tokens = ints(64, 2048)
     return trained(
         loss, weights, (tokens, tokens), (P("data"), P("data")), {"data": 16},
         state_specs=like_params(state, scattered),
@@ -203,7 +202,7 @@ def muon_stacked() -> Case:
     optimizer = optax.chain(optax.trace(0.95), optax.stateless_with_tree_map(
         lambda moment, _: -0.02 * orthogonalized(moment)
     ))  # fmt: skip
-    tokens = integers(64, 2048)
+    tokens = ints(64, 2048)
     return trained(
         loss, weights, (tokens, tokens), (P("fsdp"), P("fsdp")), {"fsdp": 8, "tensor": 4},
         optimizer,

@@ -12,14 +12,13 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.suite.case import Case, array
+from benchmarks.suite.case import Case, array, ints
 from benchmarks.suite.pods.common import (
     Axis,
     Weight,
     attention,
     averaged,
     bfloat16,
-    integers,
     layer_norm,
     program,
     random_bits,
@@ -27,6 +26,7 @@ from benchmarks.suite.pods.common import (
     stacked,
     standardized,
     trained,
+    unit,
     weight,
 )
 
@@ -98,12 +98,6 @@ def siglip_weights() -> dict[str, Any]:
     }
 
 
-def unit(x: Any) -> Any:
-    """x [batch, width] at length 1, in float32."""
-    wide = x.astype(jnp.float32)
-    return wide / jnp.linalg.norm(wide, axis=-1, keepdims=True)
-
-
 def siglip_loss(params: Any, images: Any, texts: Any) -> Any:
     """A logistic loss of all pairs of images [batch, height, width, 3] and texts
     [batch, length]."""
@@ -119,7 +113,7 @@ def siglip_loss(params: Any, images: Any, texts: Any) -> Any:
 def siglip() -> Case:
     """A training step of SigLIP."""
     batch = 4096
-    inputs = (array(batch, PIXELS, PIXELS, 3), integers(batch, 64))
+    inputs = (array(batch, PIXELS, PIXELS, 3), ints(batch, 64))
     return trained(
         siglip_loss, siglip_weights(), inputs, (P(BATCH), P(BATCH)), {"data": 4, "fsdp": 8}
     )
@@ -239,7 +233,7 @@ def dit_loss(params: Any, latents: Any, labels: Any, bits: Any) -> Any:
 def dit() -> Case:
     """A training step of the diffusion transformer."""
     batch = 256
-    inputs = (array(batch, 32, 32, 4), integers(batch), random_bits())
+    inputs = (array(batch, 32, 32, 4), ints(batch), random_bits())
     return averaged(
         jax.value_and_grad(dit_loss), dit_weights(), inputs, (P("fsdp"), P("fsdp"), P()),
         {"fsdp": 8, "tensor": 4}, optax.adamw(1e-4), decay=0.9999,
