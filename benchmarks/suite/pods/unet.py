@@ -22,6 +22,7 @@ from benchmarks.suite.pods.common import (
     weight,
 )
 from benchmarks.suite.pods.vision import waves
+from benchmarks.suite.programs.vision import conv
 
 BATCH: Axis = ("data", "fsdp")
 CHANNELS = (320, 640, 1280)
@@ -87,10 +88,7 @@ def unet_weights() -> dict[str, Any]:
 
 def convolve(x: Any, weights: Any, stride: int = 1) -> Any:
     """x [batch, height, width, channels]."""
-    return lax.conv_general_dilated(
-        x, weights.astype(x.dtype), (stride, stride), "SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )  # fmt: skip
+    return conv(x, weights.astype(x.dtype), stride)
 
 
 def group_norm(x: Any, weights: Any) -> Any:
