@@ -197,6 +197,22 @@ def test_what_is_computed_in_half_precision_and_added_up_in_full_is_reduced_once
     assert ours.wire_bytes == 2 * args[0].nbytes * 3 / 4  # in float32
 
 
+@pytest.mark.parametrize(("cast", "scatters"), [(lambda w: w, 1), (half, 24)])
+def test_memory_of_sums_is_worth_what_is_sent_in_half_precision(
+    cast: Callable, scatters: int
+) -> None:
+    """A whole gradient on each device saves 24 scatters of it, or of half of its bytes."""
+
+    def fun(w: Any, xs: Any) -> Any:
+        loss = lambda w, x: jnp.sum(jnp.tanh(cast(x) @ cast(w)).astype(jnp.float32) ** 2)  # noqa: E731
+        micro = lambda total, x: (total + jax.grad(loss)(w, x), None)  # noqa: E731
+        return lax.scan(micro, jnp.zeros_like(w), xs)[0]
+
+    args = arr(64, 64), arr(24, 256, 64, seed=1)
+    ours = check(fun, args, make_mesh(x=4), (P("x"), P(None, "x")), P("x"), 2e-2)
+    assert sent(ours)["reduce_scatter"] == scatters
+
+
 def test_gradients_that_divide_the_layers_are_scattered_after_the_loop() -> None:
     args = arr(4, 64, 64), arr(256, 64, seed=1)
     ours, without = both(jax.grad(layers), args, (P("x"), P("x")), P("x"))
